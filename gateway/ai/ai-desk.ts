@@ -1,0 +1,239 @@
+import { RivuletError } from '../../shared/errors.ts';
+import type { GenerationStore } from '../../shared/generation-store.ts';
+import type { Keys } from '../../shared/keys.ts';
+import type { ServerFrame } from '../../shared/protocol.ts';
+import { type RedisConnection, retrying } from '../../shared/redis.ts';
+import type { RequestQueue } from '../../shared/request-queue.ts';
+import type { AdmissionDesk } from '../admission.ts';
+import { cancelGeneration } from '../cancel.ts';
+import type { Delivery, Follower, Subscription } from '../delivery.ts';
+import type { GatewayMetrics } from '../metrics.ts';
+import { type Chunk, type ChunkWriter, createChunkWriter } from './chunks.ts';
+import { conversationOf, type Question } from './questions.ts';
+
+/**
+ * Chats of the AI SDK on our generations. A chat has one generation at a time; a key of its user names it from
+ * when it is admitted until its end has reached a client. So a client that comes back, on any gateway, gets the
+ * whole answer from the log, also when it ended while nobody was there; and `null` when it has missed nothing.
+ */
+
+const CHAT_MS = 24 * 3_600_000; // as long as an open generation may live
+const MOST_TRIES = 10; // submissions of one message that failed or were cancelled, within the retention
+
+export interface DeskParts {
+  node: string;
+  keys: Keys;
+  redis: RedisConnection;
+  store: GenerationStore;
+  queue: RequestQueue;
+  desk: AdmissionDesk;
+  delivery: Delivery;
+  metrics: GatewayMetrics;
+}
+
+/** Where an answer is written to: a request of a WebSocket, or an HTTP body. */
+export interface Sink {
+  chunk(chunk: Chunk): void;
+  /** The answer has ended, and everything was written. */
+  end(): void;
+  readonly open: boolean;
+  readonly slow: boolean;
+}
+
+/** One client that reads one answer. */
+export class AiStream implements Follower {
+  readonly user: string;
+  readonly chat: string;
+  readonly messageId: string;
+  subscription: Subscription | null = null;
+  private readonly sink: Sink;
+  private readonly writer: ChunkWriter;
+  private ended = false;
+
+  constructor(user: string, chat: string, messageId: string, sink: Sink, resets: boolean) {
+    this.user = user;
+    this.chat = chat;
+    this.messageId = messageId;
+    this.sink = sink;
+    this.writer = createChunkWriter({ messageId, resets, emit: (chunk) => sink.chunk(chunk) });
+  }
+
+  get open(): boolean {
+    return this.sink.open && !this.ended;
+  }
+
+  get slow(): boolean {
+    return this.sink.slow;
+  }
+
+  start(position: number | null): void {
+    this.writer.open();
+    if (position !== null) this.writer.take({ type: 'queued', messageId: this.messageId, position });
+  }
+
+  sendText(text: string): void {
+    if (this.ended) return;
+    if (!this.writer.take(JSON.parse(text) as ServerFrame)) return;
+    this.ended = true;
+    this.sink.end();
+  }
+
+  onEnded(): void {}
+
+  /** Stops reading; the answer goes on. */
+  leave(delivery: Delivery): void {
+    this.ended = true;
+    if (this.subscription) delivery.drop(this.subscription);
+  }
+
+  onDrain(delivery: Delivery): void {
+    if (this.subscription) delivery.onDrain([this.subscription]);
+  }
+}
+
+/** Not a bare comparison: the state changes while we wait. */
+function hasEnded(subscription: Subscription): boolean {
+  return subscription.state === 'ended';
+}
+
+export type AiDesk = ReturnType<typeof createAiDesk>;
+
+export function createAiDesk(parts: DeskParts) {
+  const { node, keys, redis, store, desk, delivery, metrics } = parts;
+
+  function follow(stream: AiStream): Subscription {
+    const subscription = delivery.hold(stream, stream.user, stream.messageId);
+    stream.subscription = subscription;
+    return subscription;
+  }
+
+  /** Reads what is there and goes on live. False when nothing is known of it any more. */
+  async function attach(stream: AiStream, subscription: Subscription): Promise<boolean> {
+    const attached = await store.attach(stream.user, stream.messageId, node, '');
+    if (hasEnded(subscription)) return true; // the client has left
+    if (attached.state === 'unknown') return false;
+    const { status, compacted, entries, more } = attached;
+    let position: number | null = null;
+    if (status === 'queued' || status === 'running') {
+      const place = await desk.locate(stream.user, stream.messageId, attached.node);
+      subscription.home = place.home;
+      if (status === 'queued' && entries.length === 0) {
+        position = place.position;
+        subscription.waiting = true;
+        subscription.toldPosition = position;
+      }
+    }
+    if (hasEnded(subscription)) return true;
+    stream.start(position);
+    delivery.release(subscription, '', entries, more, compacted);
+    return true;
+  }
+
+  /** The native door looks at this when it binds a user; here every call is a door. */
+  async function assertAllowed(user: string): Promise<void> {
+    const [banned, lockedUntil] = await retrying(() =>
+      redis.client.hmget(keys.access(user), 'banned', 'lockedUntil'),
+    );
+    if (banned != null) throw new RivuletError('banned');
+    const retryAfterMs = Number(lockedUntil ?? 0) - Date.now();
+    if (retryAfterMs > 0) throw new RivuletError('locked', undefined, { retryAfterMs });
+  }
+
+  return {
+    /**
+     * Asks, or joins the answer to the same question. An answer that failed or was cancelled is not given again:
+     * asking once more is the wish for another.
+     * @throws RivuletError with the code of the refusal
+     */
+    async ask(user: string, question: Question, sink: Sink, resets: boolean): Promise<AiStream> {
+      await assertAllowed(user);
+      const chat = question.conversationId!;
+      for (let attempt = 1; attempt <= MOST_TRIES; attempt++) {
+        const messageId = attempt === 1 ? question.messageId : `${question.messageId}.${attempt}`;
+        const stream = new AiStream(user, chat, messageId, sink, resets);
+        const subscription = follow(stream);
+        try {
+          const started = performance.now();
+          const admission = await desk.admit(user, { ...question, messageId });
+          metrics.admission.observe((performance.now() - started) / 1000);
+          if (admission.state === 'rejected') {
+            metrics.rejected.inc({ code: admission.code });
+            const { code, message, ...rest } = admission;
+            throw new RivuletError(code, message, rest);
+          }
+          if (
+            admission.state === 'joined' &&
+            (admission.status === 'failed' || admission.status === 'cancelled')
+          ) {
+            delivery.drop(subscription);
+            continue;
+          }
+          await retrying(() => redis.client.set(keys.aiChat(user, chat), messageId, 'PX', CHAT_MS));
+          if (admission.state === 'joined') {
+            metrics.joined.inc();
+            if (await attach(stream, subscription)) return stream;
+            throw new RivuletError('unknown_message');
+          }
+          metrics.admitted.inc();
+          const { position, home } = admission;
+          subscription.home = home;
+          subscription.waiting = true;
+          subscription.toldPosition = position;
+          stream.start(position);
+          delivery.release(subscription, '', [], false);
+          return stream;
+        } catch (error) {
+          delivery.drop(subscription);
+          throw error;
+        }
+      }
+      throw new RivuletError('attempts_exhausted');
+    },
+
+    /** The answer that runs in a chat, or has ended unseen, from its beginning. Null when there is none. */
+    async resume(user: string, chatId: string, sink: Sink, resets: boolean): Promise<AiStream | null> {
+      await assertAllowed(user);
+      const chat = conversationOf(chatId);
+      const messageId = await retrying(() => redis.client.get(keys.aiChat(user, chat)));
+      if (messageId === null) return null;
+      metrics.resumed.inc();
+      const stream = new AiStream(user, chat, messageId, sink, resets);
+      const subscription = follow(stream);
+      try {
+        if (await attach(stream, subscription)) return stream;
+        delivery.drop(subscription);
+        return null;
+      } catch (error) {
+        delivery.drop(subscription);
+        throw error;
+      }
+    },
+
+    /** Ends what runs in a chat. False when nothing does. */
+    async stop(user: string, chatId: string): Promise<boolean> {
+      const chat = conversationOf(chatId);
+      const messageId = await retrying(() => redis.client.get(keys.aiChat(user, chat)));
+      if (messageId === null) return false;
+      return this.cancel(user, chat, messageId);
+    },
+
+    async cancel(user: string, chat: string, messageId: string): Promise<boolean> {
+      const cancelled = await cancelGeneration(parts, user, messageId);
+      await this.settle(user, chat, messageId);
+      return cancelled;
+    },
+
+    /** The end of this answer has reached a client: there is nothing to resume. */
+    async settle(user: string, chat: string, messageId: string): Promise<void> {
+      await retrying(() => redis.script('settle_chat', [keys.aiChat(user, chat)], [messageId]));
+    },
+
+    leave(stream: AiStream): void {
+      stream.leave(delivery);
+    },
+
+    drain(streams: Iterable<AiStream>): void {
+      for (const stream of streams) stream.onDrain(delivery);
+    },
+  };
+}

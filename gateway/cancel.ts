@@ -1,0 +1,36 @@
+import type { GenerationStore } from '../shared/generation-store.ts';
+import type { Keys } from '../shared/keys.ts';
+import { type RedisConnection, retrying } from '../shared/redis.ts';
+import { publishCommands } from '../shared/reply-stream.ts';
+import type { RequestQueue } from '../shared/request-queue.ts';
+import type { GatewayMetrics } from './metrics.ts';
+
+/**
+ * Ends a user's generation: its terminal frame is in the log at once and on its way to whoever follows it; the
+ * worker learns of it at its next append. False when there is no such generation; one that has ended stays as it is.
+ */
+export async function cancelGeneration(
+  parts: {
+    store: GenerationStore;
+    redis: RedisConnection;
+    keys: Keys;
+    queue: RequestQueue;
+    metrics: GatewayMetrics;
+  },
+  user: string,
+  messageId: string,
+): Promise<boolean> {
+  const { store, redis, keys, queue, metrics } = parts;
+  const cancelled = await store.cancel(user, messageId);
+  if (cancelled.state === 'unknown') return false;
+  if (cancelled.state === 'ended') return true;
+  metrics.cancelled.inc();
+  const { id, before, frame, routes, node } = cancelled;
+  await redis.batch(
+    routes.flatMap((route) =>
+      publishCommands(keys, route, [{ user, messageId, before, id, kind: 'e', frame }]),
+    ),
+  );
+  if (node) await retrying(() => queue.removeQueued(node, user, messageId));
+  return true;
+}

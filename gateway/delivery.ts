@@ -1,0 +1,377 @@
+import type { Logger } from 'pino';
+import { compareFrameIds } from '../shared/frame-id.ts';
+import type { GenerationStore, LogEntry } from '../shared/generation-store.ts';
+
+/**
+ * Brings the frames of generations to the connections that follow them: in order, once each, without gaps.
+ *
+ * A subscription is one connection that follows one generation. Its position is the id of the last frame sent. A
+ * frame from the reply stream names the id before it: equal to the position → send; not above it → a double, drop;
+ * else → a gap, read the log. States:
+ *
+ *   held     just made; frames wait (few) until the answer to the client's own frame has gone out
+ *   live     frames are passed through as they come, unparsed
+ *   reading  frames come from the log, a page at a time; what comes live meanwhile only says that there is more
+ *   stalled  the client reads too slowly: nothing is pushed, nothing is kept; goes to reading when it drains
+ *
+ * Cost: one small object a subscription, no timer of its own. `heal` looks after subscriptions that have been
+ * silent for a while, so that a lost last frame, or a generation that is gone, is noticed.
+ */
+
+const HELD_FRAMES = 32;
+const SILENT_MS = 2_000; // when a silent subscription is first compared with its log
+const SILENT_MAX_MS = 16_000; // and at the most, after doubling
+const MOST_PAGE = 500; // entries of one read
+const LEAST_PAGE = 8;
+const DOUBTFUL_MS = 8_000; // patience after 6 s of silence: then its request is looked for in its stream
+const HEAL_BATCH = 500; // log tops that one round trip asks for
+
+/** What delivery needs of whoever follows a generation. */
+export interface Follower {
+  sendText(text: string): void;
+  /** Its subscription has ended: a terminal frame was sent, or it was dropped. */
+  onEnded(subscription: Subscription): void;
+  readonly slow: boolean;
+  readonly open: boolean;
+}
+
+/** Metrics and the trace of one answer; two calls in its whole life. */
+export interface AnswerWatch {
+  sawText: boolean;
+  firstText(): void;
+  ended(complete: boolean): void;
+}
+
+export interface Subscription {
+  readonly follower: Follower;
+  readonly user: string;
+  readonly messageId: string;
+  readonly key: string;
+  /** Id of the last frame sent, or '' before any. */
+  position: string;
+  /** The node whose request stream carries it; for the queue position. */
+  home: string;
+  /** No attempt has been seen yet: the client is told its place in the queue. */
+  waiting: boolean;
+  toldPosition: number;
+  /** Set for a chat that was asked here, until it ends: hears of the first token and of the end. */
+  watch: AnswerWatch | null;
+  missing: number;
+  state: 'held' | 'live' | 'reading' | 'stalled' | 'ended';
+  held: { before: string; id: string; end: boolean; frame: string }[];
+  more: boolean;
+  /** Entries that the next read of the log asks for: about as many as its client takes at a time. */
+  page: number;
+  lastMs: number;
+  patienceMs: number;
+}
+
+export type Delivery = ReturnType<typeof createDelivery>;
+
+export function createDelivery(parts: {
+  store: GenerationStore;
+  node: string;
+  log: Logger;
+  counters: { healed(): void; slow(): void; doubled(): void };
+}) {
+  const { store, node, log, counters } = parts;
+  const generations = new Map<string, Subscription[]>();
+  let stopped = false;
+
+  function send(subscription: Subscription, id: string, end: boolean, frame: string): void {
+    subscription.follower.sendText(frame);
+    subscription.position = id;
+    subscription.waiting = false;
+    subscription.lastMs = Date.now();
+    subscription.patienceMs = SILENT_MS;
+    if (subscription.watch) tell(subscription.watch, id, end);
+    if (end) remove(subscription);
+  }
+
+  function tell(watch: AnswerWatch, id: string, end: boolean): void {
+    if (!end && !watch.sawText && !id.endsWith('-0')) {
+      watch.sawText = true;
+      watch.firstText();
+    }
+    if (end) watch.ended(true);
+  }
+
+  function remove(subscription: Subscription): void {
+    if (subscription.state === 'ended') return;
+    subscription.state = 'ended';
+    subscription.watch?.ended(false); // after a terminal frame it has heard already, and does nothing
+    subscription.watch = null;
+    const list = generations.get(subscription.key);
+    if (list) {
+      const rest = list.filter((other) => other !== subscription);
+      if (rest.length > 0) generations.set(subscription.key, rest);
+      else generations.delete(subscription.key);
+    }
+    subscription.follower.onEnded(subscription);
+  }
+
+  function take(subscription: Subscription, before: string, id: string, end: boolean, frame: string): void {
+    switch (subscription.state) {
+      case 'live':
+        if (subscription.position === before) {
+          if (subscription.follower.slow) stall(subscription);
+          else send(subscription, id, end, frame);
+        } else if (compareFrameIds(id, subscription.position) <= 0) {
+          counters.doubled();
+        } else {
+          counters.healed();
+          void read(subscription);
+        }
+        return;
+      case 'held':
+        if (subscription.held.length < HELD_FRAMES) subscription.held.push({ before, id, end, frame });
+        return;
+      case 'reading':
+        subscription.more = true;
+        return;
+      case 'stalled':
+      case 'ended':
+        return;
+      default:
+        subscription.state satisfies never;
+    }
+  }
+
+  function stall(subscription: Subscription): void {
+    subscription.state = 'stalled';
+    counters.slow();
+  }
+
+  /** Sends entries while the client keeps up. False when it stalled or ended. */
+  function sendEntries(subscription: Subscription, entries: LogEntry[]): boolean {
+    let sent = 0;
+    for (const entry of entries) {
+      if (compareFrameIds(entry.id, subscription.position) <= 0) continue;
+      if (subscription.follower.slow) {
+        stall(subscription);
+        subscription.page = Math.max(LEAST_PAGE, 2 * sent); // what it could not take is read again
+        return false;
+      }
+      send(subscription, entry.id, entry.terminal, entry.frame);
+      sent++;
+      if (entry.terminal) return false; // nothing follows an end, whatever the log holds
+    }
+    subscription.page = Math.min(MOST_PAGE, 2 * subscription.page);
+    return isOpen(subscription);
+  }
+
+  /** Not a bare comparison: the state changes while `read` waits. */
+  function isOpen(subscription: Subscription): boolean {
+    return subscription.state !== 'ended' && !stopped;
+  }
+
+  async function read(subscription: Subscription): Promise<void> {
+    subscription.state = 'reading';
+    try {
+      for (;;) {
+        subscription.more = false;
+        const { user, messageId, position } = subscription;
+        const page = await store.readLog(user, messageId, position, subscription.page);
+        if (!isOpen(subscription)) return;
+        subscription.lastMs = Date.now();
+        if (!sendEntries(subscription, page.entries)) return;
+        if (page.entries.length === 0 && !(await stillThere(subscription))) return;
+        if (!page.more && !subscription.more) break;
+      }
+      subscription.state = 'live';
+    } catch (error) {
+      log.warn(
+        { err: (error as Error).message, messageId: subscription.messageId },
+        'log cannot be read; again soon',
+      );
+      if (isOpen(subscription)) subscription.state = 'live'; // the next frame, or `heal`, comes back here
+    }
+  }
+
+  /** The log had nothing for us: it may have been compacted, or be gone altogether. */
+  async function stillThere(subscription: Subscription): Promise<boolean> {
+    const attached = await store.attach(
+      subscription.user,
+      subscription.messageId,
+      node,
+      subscription.position,
+    );
+    if (!isOpen(subscription)) return false;
+    if (attached.state === 'unknown') {
+      lose(subscription);
+      return false;
+    }
+    if (!attached.compacted) {
+      const ended = attached.status !== 'queued' && attached.status !== 'running';
+      if (ended && attached.entries.length === 0) {
+        lose(subscription); // its log is gone, and with it the end that we have not seen
+        return false;
+      }
+      return sendEntries(subscription, attached.entries);
+    }
+    // It ended and was compacted while this client lagged behind: replay it in one piece.
+    subscription.follower.sendText(
+      JSON.stringify({
+        type: 'resumed',
+        messageId: subscription.messageId,
+        recovered: attached.recovered,
+        compacted: true,
+        status: attached.status,
+      }),
+    );
+    subscription.position = '';
+    for (const entry of attached.entries) send(subscription, entry.id, entry.terminal, entry.frame);
+    remove(subscription);
+    return false;
+  }
+
+  /** Its record or its log is gone (flushed, deleted, expired): say so, with a terminal frame above what was seen. */
+  function lose(subscription: Subscription): void {
+    const attempt = Number(/^\d*/.exec(subscription.position)![0] || 0) + 1;
+    log.error(
+      { user: subscription.user, messageId: subscription.messageId },
+      'generation is gone from Redis',
+    );
+    subscription.follower.sendText(
+      JSON.stringify({
+        type: 'failed',
+        messageId: subscription.messageId,
+        id: `${attempt}-0`,
+        code: 'internal',
+        message: 'This answer was lost with the server memory that held it. Ask again.',
+        temporary: true,
+      }),
+    );
+    remove(subscription);
+  }
+
+  return {
+    /** Follows a generation, held until `release`. A connection that follows it already starts anew. */
+    hold(follower: Follower, user: string, messageId: string): Subscription {
+      const key = `${user} ${messageId}`;
+      const list = generations.get(key) ?? [];
+      const old = list.find((other) => other.follower === follower);
+      if (old) remove(old);
+      const subscription: Subscription = {
+        follower,
+        user,
+        messageId,
+        key,
+        position: '',
+        home: '',
+        waiting: false,
+        watch: null,
+        toldPosition: -1,
+        missing: 0,
+        state: 'held',
+        held: [],
+        more: false,
+        page: MOST_PAGE,
+        lastMs: Date.now(),
+        patienceMs: SILENT_MS,
+      };
+      generations.set(key, [...(generations.get(key) ?? []), subscription]);
+      return subscription;
+    },
+
+    /**
+     * Sends what an attach read, then what was held, then goes live.
+     * @param more the log has more pages after these entries
+     */
+    release(
+      subscription: Subscription,
+      position: string,
+      entries: LogEntry[],
+      more: boolean,
+      compacted = false,
+    ): void {
+      if (subscription.state !== 'held') return;
+      const { held } = subscription;
+      subscription.held = [];
+      subscription.state = 'live';
+      if (compacted) {
+        for (const entry of entries) send(subscription, entry.id, entry.terminal, entry.frame);
+        remove(subscription);
+        return;
+      }
+      subscription.position = position;
+      if (!sendEntries(subscription, entries)) return;
+      if (more || held.length === HELD_FRAMES) {
+        void read(subscription);
+        return;
+      }
+      for (const { before, id, end, frame } of held) take(subscription, before, id, end, frame);
+    },
+
+    drop: remove,
+    lose,
+
+    /** One pair of a reply entry; see shared/reply-stream.ts for the address. */
+    onFrame(address: string, frame: string): void {
+      const a = address.indexOf(' ');
+      const b = address.indexOf(' ', a + 1);
+      const list = generations.get(address.slice(0, b));
+      if (!list) return;
+      const c = address.indexOf(' ', b + 1);
+      const d = address.indexOf(' ', c + 1);
+      const before = address.slice(b + 1, c);
+      const id = address.slice(c + 1, d);
+      const end = address.charCodeAt(d + 1) === 101; // 'e'
+      for (const subscription of list) take(subscription, before === '-' ? '' : before, id, end, frame);
+    },
+
+    /** The client has read what was buffered for it. */
+    onDrain(subscriptions: Iterable<Subscription>): void {
+      for (const subscription of subscriptions)
+        if (subscription.state === 'stalled' && !subscription.follower.slow) void read(subscription);
+    },
+
+    /**
+     * Subscriptions whose request should be in a queue: those that wait for their turn, and those that have been
+     * silent for long, whose request may have been lost with its stream and its worker.
+     */
+    *watchingQueue(): Iterable<Subscription> {
+      for (const list of generations.values())
+        for (const one of list)
+          if (one.state === 'live' && (one.waiting || one.patienceMs >= DOUBTFUL_MS)) yield one;
+    },
+
+    /**
+     * Compares silent subscriptions with their logs; with `all`, every live one (after the tail was broken).
+     */
+    async heal(readTops: (batch: Subscription[]) => Promise<(string | null)[]>, all = false): Promise<void> {
+      const now = Date.now();
+      const silent: Subscription[] = [];
+      for (const list of generations.values())
+        for (const one of list) {
+          if (one.state === 'stalled' && !one.follower.slow) void read(one);
+          if (one.state !== 'live' || (!all && now - one.lastMs < one.patienceMs)) continue;
+          silent.push(one);
+        }
+      for (let from = 0; from < silent.length && !stopped; from += HEAL_BATCH) {
+        const batch = silent.slice(from, from + HEAL_BATCH);
+        const tops = await readTops(batch);
+        batch.forEach((subscription, index) => {
+          if (subscription.state !== 'live') return;
+          const top = tops[index]!;
+          subscription.lastMs = Date.now();
+          subscription.patienceMs = Math.min(subscription.patienceMs * 2, SILENT_MAX_MS);
+          if (top === null) void read(subscription);
+          else if (top !== '' && compareFrameIds(top, subscription.position) > 0) {
+            counters.healed();
+            void read(subscription);
+          }
+        });
+      }
+    },
+
+    get size(): number {
+      return generations.size;
+    },
+
+    stop(): void {
+      stopped = true;
+      generations.clear();
+    },
+  };
+}

@@ -1,0 +1,263 @@
+import type { Logger } from 'pino';
+import { ERRORS, type ErrorCode, RivuletError } from '../../shared/errors.ts';
+import type { AiDesk, AiStream, Sink } from '../ai/ai-desk.ts';
+import { readClaim } from '../ai/ai-session.ts';
+import { parseAiPost, readQuestion } from '../ai/questions.ts';
+import { type Authenticate, readBearer, whenExpired } from '../authenticate.ts';
+import type { AddressLimit, FrameRates } from '../rate-limits.ts';
+import type { HttpAnswer, HttpCall, HttpStream, StreamPeer } from '../socket-server.ts';
+import { json } from './routes.ts';
+
+/**
+ * The HTTP that the AI SDK's DefaultChatTransport expects, on the same generations as the sockets:
+ *
+ *   POST /api/chat               asks; the answer is a stream of events
+ *   GET  /api/chat/:id/stream    what runs, or has ended unseen, from its beginning; 204 when there is nothing
+ *   POST /api/chat/:id/stop      ends what runs; leaving a stream does not
+ *
+ * An event stream that nothing is written to is kept alive by comments.
+ */
+
+const KEEP_ALIVE_MS = 5_000; // uWS closes an HTTP connection after 10 s without a byte
+const PATH = /^\/api\/chat(?:\/([^/]+)\/(stream|stop))?$/;
+const STREAM_HEADERS = {
+  'content-type': 'text/event-stream; charset=utf-8',
+  'cache-control': 'no-cache, no-transform',
+  'x-accel-buffering': 'no', // nginx would hold the events back
+  'x-content-type-options': 'nosniff',
+  'x-vercel-ai-ui-message-stream': 'v1',
+};
+
+const STATUS: Partial<Record<ErrorCode, number>> = {
+  invalid_frame: 400,
+  unauthorized: 401,
+  forbidden: 403,
+  banned: 403,
+  locked: 403,
+  unknown_message: 404,
+  conversation_busy: 409,
+  payload_too_large: 413,
+  content_refused: 422,
+  rate_limited: 429,
+  too_many_active: 429,
+  quota_exhausted: 429,
+};
+
+export interface AiChatParts {
+  aiDesk: AiDesk;
+  authenticate: Authenticate;
+  rates: FrameRates;
+  addressLimit: AddressLimit;
+  addressOf(call: HttpCall): string;
+  /** Whether a page of this origin may call us; '' = not a page. */
+  allowsOrigin(origin: string, host: string): boolean;
+  maxFrameBytes: number;
+  log: Logger;
+}
+
+/** Answers the calls that are for it; null for all others. */
+export type AiChat = (call: HttpCall) => Promise<HttpAnswer> | null;
+
+export function createAiChat(parts: AiChatParts): AiChat {
+  const { aiDesk, log } = parts;
+  const keepAlive = new Set<HttpStream>();
+  const timer = setInterval(() => {
+    for (const stream of keepAlive) stream.write(': keep-alive\n\n');
+  }, KEEP_ALIVE_MS);
+  timer.unref();
+
+  async function identify(call: HttpCall, claim: unknown) {
+    const claimed = readClaim(claim ?? call.query.get('userId') ?? call.headers.get('x-user-id'));
+    const token = call.query.get('token') ?? readBearer(call.headers.get('authorization') ?? '');
+    const identity = await parts.authenticate(claimed, token);
+    const retryAfterMs = parts.rates.takeUser(identity.userId, Date.now());
+    if (retryAfterMs > 0) throw new RivuletError('rate_limited', undefined, { retryAfterMs });
+    return identity;
+  }
+
+  /** A body of events for one answer. What is written before the head is out waits in the stream. */
+  function openStream(call: HttpCall, expiresMs: number | null) {
+    const address = parts.addressOf(call);
+    let http: HttpStream | null = null;
+    let early = '';
+    let hasEnded = false;
+    let aiStream: AiStream | null = null;
+    let forgetExpiry: (() => void) | null = null;
+    const close = () => {
+      if (http) keepAlive.delete(http);
+      forgetExpiry?.();
+      parts.addressLimit.leave(address);
+    };
+    const sink: Sink = {
+      chunk(chunk) {
+        const event = `data: ${JSON.stringify(chunk)}\n\n`;
+        if (http) http.write(event);
+        else early += event;
+      },
+      end() {
+        hasEnded = true;
+        if (http) finish();
+      },
+      get open() {
+        return http ? http.open : true;
+      },
+      get slow() {
+        return http?.slow ?? false;
+      },
+    };
+    function finish(): void {
+      if (!http?.open) return;
+      http.write('data: [DONE]\n\n');
+      http.end();
+      close();
+      if (aiStream)
+        aiDesk
+          .settle(aiStream.user, aiStream.chat, aiStream.messageId)
+          .catch((error: Error) => log.warn({ err: error.message }, 'a chat was not settled'));
+    }
+    return {
+      sink,
+      answer(stream: AiStream): HttpAnswer {
+        aiStream = stream;
+        return {
+          status: 200,
+          headers: STREAM_HEADERS,
+          stream(opened): StreamPeer {
+            http = opened;
+            keepAlive.add(opened);
+            if (expiresMs !== null)
+              forgetExpiry = whenExpired(expiresMs, () => {
+                if (!opened.open) return;
+                aiDesk.leave(stream);
+                sink.chunk({ type: 'error', errorText: 'The token has expired.' });
+                opened.end();
+                close();
+              });
+            opened.write(early);
+            early = '';
+            if (hasEnded) finish();
+            return {
+              onDrain: () => aiDesk.drain([stream]),
+              onClose() {
+                close();
+                aiDesk.leave(stream);
+              },
+            };
+          },
+        };
+      },
+    };
+  }
+
+  /** Counts the stream to come among the connections of its address. */
+  function enter(call: HttpCall): void {
+    if (!parts.addressLimit.enter(parts.addressOf(call)))
+      throw new RivuletError('rate_limited', 'too many connections from this address right now');
+  }
+
+  async function ask(call: HttpCall): Promise<HttpAnswer> {
+    const parsed = parseAiPost(call.body.toString());
+    if ('reason' in parsed) throw new RivuletError('invalid_frame', parsed.reason);
+    const identity = await identify(call, parsed.post.userId);
+    const read = readQuestion(parsed.post, parts.maxFrameBytes);
+    if ('code' in read) throw new RivuletError(read.code, read.message);
+    return stream(call, identity.expiresMs, (sink) =>
+      aiDesk.ask(identity.userId, read.question, sink, understandsResets(call)),
+    );
+  }
+
+  async function resume(call: HttpCall, chatId: string): Promise<HttpAnswer> {
+    const identity = await identify(call, undefined);
+    return stream(call, identity.expiresMs, (sink) =>
+      aiDesk.resume(identity.userId, chatId, sink, understandsResets(call)),
+    );
+  }
+
+  async function stream(
+    call: HttpCall,
+    expiresMs: number | null,
+    open: (sink: Sink) => Promise<AiStream | null>,
+  ): Promise<HttpAnswer> {
+    enter(call);
+    let opened: AiStream | null = null;
+    try {
+      const body = openStream(call, expiresMs);
+      opened = await open(body.sink);
+      return opened ? body.answer(opened) : { status: 204, headers: {} };
+    } finally {
+      if (!opened) parts.addressLimit.leave(parts.addressOf(call));
+    }
+  }
+
+  async function stop(call: HttpCall, chatId: string): Promise<HttpAnswer> {
+    const identity = await identify(call, undefined);
+    return json(200, { success: true, stopped: await aiDesk.stop(identity.userId, chatId) });
+  }
+
+  async function route(call: HttpCall, chatId: string | undefined, what: string | undefined) {
+    const allowed = what === 'stream' ? 'GET' : 'POST';
+    if (call.method === 'OPTIONS')
+      return {
+        status: 204,
+        headers: {
+          'access-control-allow-methods': `${allowed}, OPTIONS`,
+          'access-control-allow-headers': 'authorization, content-type, x-ai-sdk, x-user-id',
+          'access-control-max-age': '600',
+        },
+      };
+    if (call.method !== allowed)
+      return {
+        ...refusal(new RivuletError('invalid_frame', `${call.path} answers ${allowed}`)),
+        status: 405,
+      };
+    if (chatId === undefined) return ask(call);
+    return what === 'stream' ? resume(call, chatId) : stop(call, chatId);
+  }
+
+  return (call) => {
+    const match = PATH.exec(call.path);
+    if (!match) return null;
+    return (async () => {
+      const origin = call.headers.get('origin') ?? '';
+      if (!parts.allowsOrigin(origin, call.headers.get('host') ?? ''))
+        return refusal(new RivuletError('forbidden', 'this origin is not allowed; see ALLOWED_ORIGINS'));
+      let answer: HttpAnswer;
+      try {
+        answer = await route(call, decode(match[1]), match[2]);
+      } catch (error) {
+        if (!(error instanceof RivuletError)) throw error;
+        answer = refusal(error);
+      }
+      if (origin === '') return answer;
+      return {
+        ...answer,
+        headers: { ...answer.headers, 'access-control-allow-origin': origin, vary: 'origin' },
+      };
+    })();
+  };
+}
+
+/** Versions 5 and 6 of the SDK fail on `reset-step`. Outside a browser they say who they are; a page can say `x-ai-sdk: 6`. */
+function understandsResets(call: HttpCall): boolean {
+  const said =
+    call.headers.get('x-ai-sdk') ?? /\bai-sdk\/(\d+)/.exec(call.headers.get('user-agent') ?? '')?.[1];
+  return said === undefined || said === null || !/^[56](\.|$)/.test(said);
+}
+
+function decode(part: string | undefined): string | undefined {
+  if (part === undefined) return undefined;
+  try {
+    const id = decodeURIComponent(part);
+    if (id.length <= 512) return id;
+  } catch {}
+  throw new RivuletError('invalid_frame', 'the chat id in the path cannot be read');
+}
+
+function refusal(error: RivuletError): HttpAnswer {
+  const { code, message, temporary, retryAfterMs } = error;
+  const answer = json(STATUS[code] ?? 503, {
+    error: { code, message: message || ERRORS[code].message, temporary, retryAfterMs },
+  });
+  if (retryAfterMs === undefined) return answer;
+  return { ...answer, headers: { ...answer.headers, 'retry-after': String(Math.ceil(retryAfterMs / 1000)) } };
+}

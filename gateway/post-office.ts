@@ -1,0 +1,156 @@
+import {
+  compareInboxIds,
+  type Delivered,
+  encodeRest,
+  type Inboxes,
+  type MessageContents,
+} from '../shared/inbox.ts';
+import type { Keys } from '../shared/keys.ts';
+import { type LiveNodes, parseConnection } from '../shared/presence.ts';
+import { type RedisConnection, retrying } from '../shared/redis.ts';
+import {
+  type MessageRecipient,
+  publishMessageCommand,
+  publishNoticeCommand,
+} from '../shared/reply-stream.ts';
+
+/**
+ * Takes messages to people: into the inboxes first, then one reply entry for each node where somebody is
+ * connected, with the list of that node's recipients.
+ *
+ * Who is online where is told by the very script that delivers, so a group of thousands costs one pipelined call a
+ * member and nothing else: no second look-up, and no index of members by node that could go stale. Calls go in
+ * chunks, so that neither Redis nor this process is held up, and few large messages are under way at once.
+ *
+ * A message to one is idempotent by the recipient's fingerprints. A message to many keeps its outcome for a day
+ * under sender and message id besides, so that repeating it costs one read and reaches nobody who joined later.
+ */
+
+const CHUNK = 200; // inbox appends in one pipeline: about 4 ms of Redis
+const OUTCOME_MS = 24 * 3_600_000;
+const LARGE_AT_ONCE = 4; // messages to many that may be under way; the others wait
+
+export interface Outcome {
+  /** Inbox id of the message; of the last recipient's where there are several. */
+  id: string;
+  /** Live connections reached. */
+  connections: number;
+  /** Recipients with and without a live connection. */
+  online: number;
+  offline: number;
+}
+
+export function createPostOffice(parts: {
+  redis: RedisConnection;
+  keys: Keys;
+  inboxes: Inboxes;
+  live: () => LiveNodes;
+  /** Reads which gateways are alive now. */
+  look: () => Promise<LiveNodes>;
+  /** Connections of this gateway. */
+  countHere: () => number;
+  node: string;
+}) {
+  const { redis, keys, inboxes, live } = parts;
+
+  async function deliverChunk(users: string[], message: MessageContents, rest: string): Promise<Delivered[]> {
+    const commands = users.map((user) => inboxes.deliverCommand(user, message, rest));
+    return retrying(async () => {
+      const replies = await redis.batch(commands);
+      return replies.map(([error, value]) => {
+        if (error) throw error; // repeated as a whole: who has it already only says so
+        return inboxes.readDelivered(value);
+      });
+    });
+  }
+
+  async function deliver(users: string[], message: MessageContents): Promise<Outcome> {
+    const rest = encodeRest(message);
+    const byNode = new Map<string, MessageRecipient[]>();
+    const outcome: Outcome = { id: '', connections: 0, online: 0, offline: 0 };
+    for (let from = 0; from < users.length; from += CHUNK) {
+      const chunk = users.slice(from, from + CHUNK);
+      const delivered = await deliverChunk(chunk, message, rest);
+      delivered.forEach(({ id, before, connections }, index) => {
+        if (compareInboxIds(id, outcome.id) > 0) outcome.id = id;
+        const nodes = new Set<string>();
+        let reached = 0;
+        for (const json of connections) {
+          const connection = parseConnection(json);
+          if (live().isLive(connection)) reached++;
+          if (live().mayBeLive(connection)) nodes.add(connection.node);
+        }
+        outcome.connections += reached;
+        if (reached > 0) outcome.online++;
+        else outcome.offline++;
+        const recipient = { user: chunk[index]!, before, id };
+        for (const node of nodes) {
+          const recipients = byNode.get(node);
+          if (recipients) recipients.push(recipient);
+          else byNode.set(node, [recipient]);
+        }
+      });
+    }
+    // What is lost here is found in the inboxes, by the next message or by the sweep of the recipients' gateway.
+    await redis.batch(
+      [...byNode].map(([node, recipients]) => publishMessageCommand(keys, node, recipients, rest)),
+    );
+    return outcome;
+  }
+
+  let free = LARGE_AT_ONCE;
+  const waiting: (() => void)[] = [];
+  async function inTurn<T>(step: () => Promise<T>): Promise<T> {
+    if (free > 0) free--;
+    else await new Promise<void>((resolve) => waiting.push(resolve));
+    try {
+      return await step();
+    } finally {
+      const next = waiting.shift();
+      if (next) next();
+      else free++;
+    }
+  }
+
+  return {
+    /** Durable when it resolves. */
+    toUser(user: string, message: MessageContents): Promise<Outcome> {
+      return deliver([user], message);
+    },
+
+    /** To several or a whole group; `users` is asked only when it is this message's turn. */
+    async toMany(users: () => Promise<string[]>, message: MessageContents): Promise<Outcome> {
+      const key = keys.sent(message.from, message.messageId);
+      return inTurn(async () => {
+        const known = await retrying(() => redis.client.get(key));
+        if (known) return JSON.parse(known) as Outcome;
+        const outcome = await deliver(await users(), message);
+        if (outcome.id === '') outcome.id = `${message.sentAt}-0`; // nobody was there
+        await retrying(() => redis.client.set(key, JSON.stringify(outcome), 'PX', OUTCOME_MS));
+        return outcome;
+      });
+    },
+
+    /** To everyone who is online now; not kept for the others. Counted as the gateways last told, up to 2 s ago. */
+    async toAll(message: MessageContents): Promise<Outcome> {
+      const { nodes } = await retrying(parts.look);
+      const online = nodes.reduce(
+        (sum, { node, connections }) => sum + (node === parts.node ? 0 : connections),
+        parts.countHere(),
+      );
+      const outcome: Outcome = { id: `${message.sentAt}-0`, connections: online, online, offline: 0 };
+      const key = keys.sent(message.from, message.messageId);
+      const first = await retrying(() =>
+        redis.client.set(key, JSON.stringify(outcome), 'PX', OUTCOME_MS, 'NX'),
+      );
+      if (first === null)
+        return JSON.parse((await redis.client.get(key)) ?? JSON.stringify(outcome)) as Outcome;
+      const frame = JSON.stringify({ type: 'notice', id: outcome.id, ...message });
+      const replies = await redis.batch(nodes.map(({ node }) => publishNoticeCommand(keys, node, frame)));
+      for (const [error] of replies) if (error) throw error;
+      return outcome;
+    },
+  };
+}
+
+export type PostOffice = ReturnType<typeof createPostOffice>;

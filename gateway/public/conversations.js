@@ -1,0 +1,214 @@
+/**
+ * Conversations of one user, in localStorage: one entry each, so that tabs do not overwrite each other's lists.
+ * Several tabs may write the same conversation; every write reads what is stored first and keeps, turn by turn,
+ * whichever side got further. Other tabs hear of it through the `storage` event.
+ *
+ * A turn: { id, messageId, tries, question, createdAt, askedAt, status, text, lastId, attempt, known, finishReason?, error? }
+ * `status`: sending | queued | running | done | cancelled | failed. `messageId` names the generation, so that a
+ * reload in the middle of an answer can go on from `lastId`.
+ */
+
+const KEPT_CONVERSATIONS = 100; // older ones are dropped
+const TITLE_LENGTH = 60;
+
+export function createConversationStore(userId, onChange) {
+  const prefix = `rivulet:${userId}:c:`;
+  const conversations = new Map();
+  /** Deleted here; a late write of another tab does not bring them back. */
+  const deleted = new Set();
+
+  for (const key of storageKeys()) {
+    if (!key.startsWith(prefix)) continue;
+    const stored = read(key);
+    // The rest of the key is the id, or it belongs to another user, whose name begins like this one's.
+    if (stored && key === prefix + stored.id) conversations.set(stored.id, stored);
+  }
+
+  const onStorage = (event) => {
+    if (event.key === null) return;
+    if (!event.key.startsWith(prefix)) return;
+    const id = event.key.slice(prefix.length);
+    if (event.newValue === null) {
+      if (!conversations.delete(id)) return;
+    } else if (!deleted.has(id)) {
+      const stored = parse(event.newValue);
+      if (!stored || stored.id !== id) return;
+      const own = conversations.get(id);
+      if (own) merge(own, stored);
+      else conversations.set(id, stored);
+    }
+    onChange(id);
+  };
+  window.addEventListener('storage', onStorage);
+
+  return {
+    get: (id) => conversations.get(id),
+
+    /** The latest first. */
+    list: () => [...conversations.values()].sort((a, b) => b.updatedAt - a.updatedAt),
+
+    create() {
+      const now = Date.now();
+      const conversation = { id: newId('c'), title: '', createdAt: now, updatedAt: now, turns: [] };
+      conversations.set(conversation.id, conversation);
+      return conversation;
+    },
+
+    addTurn(conversation, question) {
+      const now = Date.now();
+      const turn = {
+        id: newId('t'),
+        messageId: newId('m'),
+        tries: 0,
+        question,
+        createdAt: now,
+        askedAt: now,
+        status: 'sending',
+        text: '',
+        lastId: '',
+        attempt: 0,
+        known: false,
+      };
+      conversation.turns.push(turn);
+      conversation.updatedAt = now;
+      if (!conversation.title) conversation.title = makeTitle(question);
+      return turn;
+    },
+
+    /** Asks the same question anew, as another generation. */
+    askAgain(turn) {
+      Object.assign(turn, {
+        messageId: newId('m'),
+        tries: turn.tries + 1,
+        askedAt: Date.now(),
+        status: 'sending',
+        text: '',
+        lastId: '',
+        attempt: 0,
+        known: false,
+        finishReason: undefined,
+        error: undefined,
+      });
+    },
+
+    save(conversation) {
+      if (deleted.has(conversation.id) || conversation.turns.length === 0) return;
+      const key = prefix + conversation.id;
+      const stored = read(key);
+      if (stored) merge(conversation, stored);
+      write(key, JSON.stringify(conversation));
+    },
+
+    remove(id) {
+      conversations.delete(id);
+      deleted.add(id);
+      try {
+        localStorage.removeItem(prefix + id);
+      } catch {
+        // Nothing was stored.
+      }
+    },
+
+    restore(conversation) {
+      deleted.delete(conversation.id);
+      conversations.set(conversation.id, conversation);
+      this.save(conversation);
+    },
+
+    close: () => window.removeEventListener('storage', onStorage),
+  };
+
+  /** When the storage is full, the oldest conversations make room; the open page never depends on it. */
+  function write(key, value) {
+    const oldestFirst = [...conversations.values()].sort((a, b) => a.updatedAt - b.updatedAt);
+    const surplus = conversations.size - KEPT_CONVERSATIONS;
+    for (const old of oldestFirst.splice(0, Math.max(0, surplus))) drop(old, key);
+    for (let tries = 0; tries < 20; tries++) {
+      try {
+        localStorage.setItem(key, value);
+        return;
+      } catch {
+        const oldest = oldestFirst.shift();
+        if (!oldest) return;
+        drop(oldest, key);
+      }
+    }
+  }
+
+  function drop(conversation, except) {
+    const key = prefix + conversation.id;
+    if (key === except) return;
+    conversations.delete(conversation.id);
+    try {
+      localStorage.removeItem(key);
+    } catch {
+      // Storage is off.
+    }
+  }
+}
+
+export function isOpen(turn) {
+  return turn.status === 'sending' || turn.status === 'queued' || turn.status === 'running';
+}
+
+/** Takes from `other` what got further there. Objects of `own` stay the same objects. */
+function merge(own, other) {
+  own.title ||= other.title;
+  own.updatedAt = Math.max(own.updatedAt, other.updatedAt);
+  for (const theirs of other.turns) {
+    const mine = own.turns.find((turn) => turn.id === theirs.id);
+    if (!mine) own.turns.push(theirs);
+    else if (isFurther(theirs, mine))
+      Object.assign(mine, { finishReason: undefined, error: undefined }, theirs);
+  }
+  own.turns.sort((a, b) => a.createdAt - b.createdAt);
+}
+
+function isFurther(a, b) {
+  if (a.tries !== b.tries) return a.tries > b.tries;
+  if (isOpen(a) !== isOpen(b)) return isOpen(b);
+  return compareIds(a.lastId, b.lastId) > 0 || (a.known && !b.known);
+}
+
+function compareIds(a, b) {
+  const [attemptA = -1, seqA = -1] = a === '' ? [] : a.split('-').map(Number);
+  const [attemptB = -1, seqB = -1] = b === '' ? [] : b.split('-').map(Number);
+  return attemptA - attemptB || seqA - seqB;
+}
+
+function makeTitle(question) {
+  const line = question.trim().split('\n', 1)[0];
+  return line.length > TITLE_LENGTH ? `${line.slice(0, TITLE_LENGTH - 1).trimEnd()}…` : line;
+}
+
+function newId(letter) {
+  const bytes = crypto.getRandomValues(new Uint8Array(10));
+  return letter + Array.from(bytes, (byte) => byte.toString(16).padStart(2, '0')).join('');
+}
+
+function storageKeys() {
+  try {
+    return Object.keys(localStorage);
+  } catch {
+    return [];
+  }
+}
+
+function read(key) {
+  try {
+    return parse(localStorage.getItem(key));
+  } catch {
+    return null;
+  }
+}
+
+function parse(text) {
+  if (!text) return null;
+  try {
+    const value = JSON.parse(text);
+    const fits = typeof value?.id === 'string' && Array.isArray(value.turns);
+    return fits ? { title: '', createdAt: 0, updatedAt: 0, ...value } : null;
+  } catch {
+    return null;
+  }
+}

@@ -1,0 +1,129 @@
+import { setTimeout as delay } from 'node:timers/promises';
+import type { Logger } from 'pino';
+import type { Keys } from '../shared/keys.ts';
+import { BLOCK_MS, type RedisConnection } from '../shared/redis.ts';
+
+/**
+ * Tails this node's reply stream with one blocked XREAD for all sockets.
+ *
+ * The gateway makes the stream (workers append with NOMKSTREAM). After every reconnect, and whenever a read comes
+ * back empty, the cursor is compared with the stream: a stream that was deleted is made again, and a cursor above
+ * the stream's last id (a failover to a replica that was behind, or a slower clock) is set back. Both mean that
+ * frames were missed, so `onBroken` has everything compared with the logs.
+ */
+
+const READ_ENTRIES = 100; // entries are up to 64 KB: bounds one reply to a few MB at the very worst
+const EXPIRE_MS = 600_000; // a node that is gone leaves no key for longer than this
+const PAUSE_MS = 200;
+
+export interface ReplyTail {
+  readonly opened: Promise<void>;
+  readonly ended: Promise<void>;
+  /** When a read last came back, ms. */
+  readonly lastMs: number;
+  /** The id of the last entry handed out. */
+  readonly cursor: string;
+}
+
+export function tailReplies(parts: {
+  node: string;
+  keys: Keys;
+  redis: RedisConnection;
+  onFrame: (address: string, frame: string) => void;
+  onBroken: (reason: string) => void;
+  log: Logger;
+  signal: AbortSignal;
+}): ReplyTail {
+  const { redis, keys, node, log, signal } = parts;
+  const key = keys.replies(node);
+  let cursor = '';
+  let lastMs = 0;
+  let checkDue = false;
+  redis.onReconnect(() => {
+    checkDue = true;
+  });
+
+  /** Makes the stream and starts after what is in it. */
+  async function open(): Promise<void> {
+    cursor = (await redis.client.xadd(key, 'MAXLEN', '~', 10_000, '*', '-', 'opened')) as string;
+    await redis.client.pexpire(key, EXPIRE_MS);
+    lastMs = Date.now();
+  }
+
+  async function check(): Promise<void> {
+    checkDue = false;
+    let last: string;
+    try {
+      const facts = (await redis.client.xinfo('STREAM', key)) as unknown[];
+      last = String(facts[facts.indexOf('last-generated-id') + 1]);
+    } catch (error) {
+      if (!/no such key/i.test((error as Error).message)) throw error;
+      await open();
+      parts.onBroken('the reply stream was gone');
+      return;
+    }
+    if (compareStreamIds(last, cursor) >= 0) return;
+    log.warn({ cursor, last }, 'the reply stream is behind the cursor; setting it back');
+    cursor = last;
+    parts.onBroken('the reply stream went back');
+  }
+
+  async function loop(): Promise<void> {
+    let failing = false;
+    while (!signal.aborted) {
+      try {
+        if (checkDue) await check();
+        const reply = (await redis.blocked(BLOCK_MS, [
+          'xread',
+          'COUNT',
+          READ_ENTRIES,
+          'BLOCK',
+          BLOCK_MS,
+          'STREAMS',
+          key,
+          cursor,
+        ])) as [string, [string, string[]][]][] | null;
+        lastMs = Date.now();
+        if (failing) {
+          failing = false;
+          parts.onBroken('the tail was broken');
+        }
+        if (!reply) {
+          checkDue = true;
+          continue;
+        }
+        const entries = reply[0]![1];
+        for (const [id, fields] of entries) {
+          for (let index = 0; index < fields.length; index += 2)
+            if (fields[index] !== '-') parts.onFrame(fields[index]!, fields[index + 1]!);
+          cursor = id;
+        }
+      } catch (error) {
+        if (signal.aborted) return;
+        if (!failing) log.warn({ err: (error as Error).message }, 'the tail is broken; again soon');
+        failing = true;
+        checkDue = true;
+        await delay(PAUSE_MS, undefined, { signal }).catch(() => {});
+      }
+    }
+  }
+
+  const opened = open();
+  return {
+    opened,
+    ended: opened.then(loop),
+    get lastMs() {
+      return lastMs;
+    },
+    get cursor() {
+      return cursor;
+    },
+  };
+}
+
+/** Orders stream ids `<ms>-<seq>`. */
+function compareStreamIds(a: string, b: string): number {
+  const [aMs, aSeq] = a.split('-').map(Number) as [number, number];
+  const [bMs, bSeq] = b.split('-').map(Number) as [number, number];
+  return aMs - bMs || aSeq - bSeq;
+}

@@ -1,0 +1,491 @@
+import uws, { type HttpResponse, type ListenSocket, type WebSocket } from 'uWebSockets.js';
+import { STATUS_CODES } from 'node:http';
+
+/**
+ * The only file that knows uWebSockets.js. It turns its sockets into `Connection`s and its HTTP into plain
+ * request and response objects. Request data is copied before anything is awaited, because uWS frees it.
+ *
+ * What is sent to a connection in one turn leaves in one corked write at the end of that turn. A connection that
+ * holds more than `SLOW_BYTES` unsent is slow: whoever has a stream for it stops pushing until it drains.
+ */
+
+export const SLOW_BYTES = 256 * 1024; // about 2,000 token frames
+const DROP_BYTES = 16 * 1024 * 1024; // never reached by streams; a frame beyond it would be dropped by uWS, so we close first
+const WHOLE_BYTES = 15_000; // of a frame: see sendText
+const BODY_BYTES = 1024 * 1024;
+const BODY_MS = 10_000;
+
+export interface UpgradeRequest {
+  url: string;
+  query: URLSearchParams;
+  origin: string;
+  host: string;
+  authorization: string;
+  address: string;
+  /** What proxies say about the address; believed only from TRUSTED_PROXIES. */
+  forwardedFor: string;
+}
+
+export interface HttpCall {
+  method: string;
+  path: string;
+  query: URLSearchParams;
+  headers: Map<string, string>;
+  body: Buffer;
+  address: string;
+}
+
+export interface HttpAnswer {
+  status: number;
+  headers?: Record<string, string>;
+  body?: string | Uint8Array;
+  /** Instead of a body: called once the head is out, writes when it likes. */
+  stream?: (stream: HttpStream) => StreamPeer;
+}
+
+/** A body that is written bit by bit. Bounded like a connection: whoever writes stops while it is slow. */
+export interface HttpStream {
+  write(text: string): void;
+  end(): void;
+  readonly open: boolean;
+  readonly slow: boolean;
+}
+
+export interface StreamPeer {
+  onDrain(): void;
+  /** The client has left, or the server stops; not called after `end`. */
+  onClose(): void;
+}
+
+/** What a connection does with what comes in. */
+export interface Peer {
+  onText(text: string): void;
+  onDrain(): void;
+  onClose(): void;
+  /** The answer to a ping with this payload. */
+  onPong?(payload: string): void;
+}
+
+export interface SocketServerOptions {
+  maxFrameBytes: number;
+  /** How long a client may be silent before it is pinged; after three times that it is closed. */
+  heartbeatMs: number;
+  /** Null lets the upgrade go on, else the HTTP answer that refuses it. */
+  refuseUpgrade(request: UpgradeRequest): HttpAnswer | null;
+  connect(connection: Connection, request: UpgradeRequest): Peer;
+  answer(call: HttpCall): Promise<HttpAnswer>;
+  close: { noHeartbeat: number; payloadTooLarge: number; protocolViolation: number; slowClient: number };
+  onError(error: unknown, where: string): void;
+}
+
+/** uWS copies these fields onto its socket, so a class instance must be held, not be, the user data. */
+interface UserData {
+  connection: Connection;
+}
+
+/** One client's socket. */
+export class Connection {
+  peer: Peer | null = null;
+  private socket: WebSocket<UserData> | null = null;
+  private outbox: string[] | null = null;
+  private queuedBytes = 0;
+  lastSeenMs = Date.now();
+  private readonly server: { dirty(connection: Connection): void };
+  private request: UpgradeRequest | null;
+
+  constructor(server: { dirty(connection: Connection): void }, request: UpgradeRequest) {
+    this.server = server;
+    this.request = request;
+  }
+
+  get open(): boolean {
+    return this.socket !== null;
+  }
+
+  /** True while so much is unsent that streams should pause. */
+  get slow(): boolean {
+    return this.socket !== null && this.queuedBytes + this.socket.getBufferedAmount() > SLOW_BYTES;
+  }
+
+  /** Sends at the end of this turn. Nothing happens on a closed connection. */
+  send(text: string): void {
+    if (!this.socket) return;
+    this.queuedBytes += text.length;
+    if (this.outbox) this.outbox.push(text);
+    else {
+      this.outbox = [text];
+      this.server.dirty(this);
+    }
+  }
+
+  close(code: number, reason: string): void {
+    if (!this.socket) return;
+    this.flush(0, 0);
+    this.socket?.end(code, reason.slice(0, 120)); // a close frame holds 123 bytes of reason
+  }
+
+  // What the server calls.
+
+  opened(socket: WebSocket<UserData>): UpgradeRequest {
+    this.socket = socket;
+    const request = this.request!;
+    this.request = null; // not kept for idle sockets
+    return request;
+  }
+
+  closed(): void {
+    this.socket = null;
+    this.outbox = null;
+  }
+
+  ping(payload = ''): void {
+    this.socket?.ping(payload);
+  }
+
+  flush(maxBufferedBytes: number, slowCode: number): void {
+    const { socket, outbox } = this;
+    const wasSlow = this.queuedBytes > SLOW_BYTES;
+    this.outbox = null;
+    this.queuedBytes = 0;
+    if (!socket || !outbox) return;
+    if (outbox.length === 1) sendText(socket, outbox[0]!);
+    else
+      socket.cork(() => {
+        for (const text of outbox) sendText(socket, text);
+      });
+    if (maxBufferedBytes > 0 && socket.getBufferedAmount() > maxBufferedBytes)
+      socket.end(slowCode, 'too far behind');
+    else if (wasSlow && !this.slow) this.peer?.onDrain(); // all of it has left at once: uWS tells of no drain then
+  }
+}
+
+/** One answer that is written bit by bit; what is written in one turn leaves in one write. */
+class ResponseStream implements HttpStream {
+  peer: StreamPeer | null = null;
+  private response: HttpResponse | null;
+  private outbox = '';
+  private scheduled = false;
+  private blocked = false;
+  private ending = false;
+  private readonly onGone: (stream: ResponseStream) => void;
+
+  constructor(response: HttpResponse, onGone: (stream: ResponseStream) => void) {
+    this.response = response;
+    this.onGone = onGone;
+  }
+
+  get open(): boolean {
+    return this.response !== null && !this.ending;
+  }
+
+  get slow(): boolean {
+    return this.blocked || this.outbox.length > SLOW_BYTES;
+  }
+
+  write(text: string): void {
+    if (!this.open) return;
+    this.outbox += text;
+    this.schedule();
+  }
+
+  end(): void {
+    if (!this.open) return;
+    this.ending = true;
+    this.schedule();
+  }
+
+  private schedule(): void {
+    if (this.scheduled) return;
+    this.scheduled = true;
+    queueMicrotask(() => this.flush());
+  }
+
+  private flush(): void {
+    this.scheduled = false;
+    const { response, outbox } = this;
+    if (!response) return;
+    this.outbox = '';
+    response.cork(() => {
+      if (outbox !== '' && !response.write(outbox)) {
+        this.blocked = true;
+        response.onWritable(() => {
+          this.blocked = false;
+          this.peer?.onDrain();
+          return true;
+        });
+      }
+      if (this.ending) response.end();
+    });
+    if (this.ending) this.gone();
+  }
+
+  /** The client has left. */
+  aborted(): void {
+    if (!this.response) return;
+    const { peer } = this;
+    this.gone();
+    peer?.onClose();
+  }
+
+  cut(): void {
+    this.response?.close(); // uWS calls onAborted
+  }
+
+  private gone(): void {
+    this.response = null;
+    this.outbox = '';
+    this.peer = null;
+    this.onGone(this);
+  }
+}
+
+/**
+ * Sends one text message. A frame of 16 KB or more that meets unsent bytes of earlier ones arrives as garbage with this
+ * build of uWS (its cork buffer has that size): long messages leave as fragments below it.
+ */
+function sendText(socket: WebSocket<UserData>, text: string): void {
+  const { length } = text;
+  if (length * 3 < WHOLE_BYTES) {
+    socket.send(text);
+    return;
+  }
+  const bytes = Buffer.byteLength(text);
+  if (bytes < WHOLE_BYTES) {
+    socket.send(text);
+    return;
+  }
+  const step = Math.floor(bytes === length ? WHOLE_BYTES : WHOLE_BYTES / 3); // of UTF-16 units
+  for (let from = 0; from < length; ) {
+    let to = Math.min(length, from + step);
+    if (to < length && (text.charCodeAt(to - 1) & 0xfc00) === 0xd800) to--; // not between the halves of a character
+    const part = text.slice(from, to);
+    if (from === 0) socket.sendFirstFragment(part);
+    else if (to < length) socket.sendFragment(part);
+    else socket.sendLastFragment(part);
+    from = to;
+  }
+}
+
+export interface SocketServer {
+  readonly port: number;
+  readonly connections: ReadonlySet<Connection>;
+  /** Cuts what is still being streamed over HTTP; its clients see a lost connection, and come back. */
+  cutStreams(): void;
+  /** Refuses new sockets and HTTP from now on; open sockets stay. */
+  stopListening(): void;
+  stop(): void;
+}
+
+/**
+ * Listens on a host and port (0 = any).
+ * @throws Error when the port is taken: `EADDRINUSE`-like, one line
+ */
+export function listen(
+  host: string,
+  port: number,
+  options: SocketServerOptions,
+  tls?: { keyFile: string; certFile: string },
+): Promise<SocketServer> {
+  const app = tls ? uws.SSLApp({ key_file_name: tls.keyFile, cert_file_name: tls.certFile }) : uws.App();
+  const connections = new Set<Connection>();
+  const streams = new Set<ResponseStream>();
+  let dirty: Connection[] = [];
+  const server = {
+    dirty(connection: Connection) {
+      if (dirty.push(connection) === 1) queueMicrotask(flush);
+    },
+  };
+
+  function flush(): void {
+    const batch = dirty;
+    dirty = [];
+    for (const connection of batch) connection.flush(DROP_BYTES / 2, options.close.slowClient);
+  }
+
+  app.ws<UserData>('/*', {
+    // Room above our own bound, so that a frame that is a little too long can be answered with a code.
+    maxPayloadLength: options.maxFrameBytes * 2,
+    maxBackpressure: DROP_BYTES,
+    idleTimeout: 0, // `watch` below pings, and closes with a code of ours
+    sendPingsAutomatically: false,
+    compression: uws.DISABLED,
+    upgrade(response, request, context) {
+      const query = new URLSearchParams(request.getQuery());
+      const upgrade: UpgradeRequest = {
+        url: request.getUrl(),
+        query,
+        origin: request.getHeader('origin'),
+        host: request.getHeader('host'),
+        authorization: request.getHeader('authorization'),
+        address: Buffer.from(response.getRemoteAddressAsText()).toString(),
+        forwardedFor: request.getHeader('x-forwarded-for'),
+      };
+      const refusal =
+        request.getHeader('sec-websocket-version') === '13'
+          ? options.refuseUpgrade(upgrade)
+          : { status: 426, headers: { 'sec-websocket-version': '13' }, body: 'Version 13 is spoken here.\n' };
+      if (refusal) {
+        writeAnswer(response, refusal);
+        return;
+      }
+      response.upgrade(
+        { connection: new Connection(server, upgrade) },
+        request.getHeader('sec-websocket-key'),
+        request.getHeader('sec-websocket-protocol'),
+        request.getHeader('sec-websocket-extensions'),
+        context,
+      );
+    },
+    open(socket) {
+      const connection = socket.getUserData().connection;
+      connections.add(connection);
+      connection.peer = options.connect(connection, connection.opened(socket));
+    },
+    message(socket, message, isBinary) {
+      const connection = socket.getUserData().connection;
+      connection.lastSeenMs = Date.now();
+      if (message.byteLength > options.maxFrameBytes) {
+        connection.close(options.close.payloadTooLarge, `a frame may have ${options.maxFrameBytes} bytes`);
+        return;
+      }
+      if (isBinary) {
+        connection.close(options.close.protocolViolation, 'frames must be text');
+        return;
+      }
+      try {
+        connection.peer?.onText(Buffer.from(message).toString());
+      } catch (error) {
+        options.onError(error, 'message');
+      }
+    },
+    drain(socket) {
+      socket.getUserData().connection.peer?.onDrain();
+    },
+    ping(socket) {
+      socket.getUserData().connection.lastSeenMs = Date.now();
+    },
+    pong(socket, payload) {
+      const { connection } = socket.getUserData();
+      connection.lastSeenMs = Date.now();
+      if (payload.byteLength > 0) connection.peer?.onPong?.(Buffer.from(payload).toString());
+    },
+    close(socket) {
+      const connection = socket.getUserData().connection;
+      connections.delete(connection);
+      connection.closed();
+      connection.peer?.onClose();
+      connection.peer = null;
+    },
+  });
+
+  app.any('/*', (response, request) => {
+    const headers = new Map<string, string>();
+    request.forEachHeader((name, value) => headers.set(name, value));
+    const call: HttpCall = {
+      method: request.getMethod().toUpperCase(),
+      path: request.getUrl(),
+      query: new URLSearchParams(request.getQuery()),
+      headers,
+      body: Buffer.alloc(0),
+      address: Buffer.from(response.getRemoteAddressAsText()).toString(),
+    };
+    let aborted = false;
+    let stream: ResponseStream | null = null;
+    /** @param cut the rest of the request is not wanted: the connection goes with the answer */
+    const reply = (answer: HttpAnswer, cut = false) => {
+      if (aborted) return;
+      aborted = true;
+      if (!answer.stream) {
+        response.cork(() => writeAnswer(response, answer, call.method === 'HEAD', cut));
+        return;
+      }
+      stream = new ResponseStream(response, (gone) => streams.delete(gone));
+      streams.add(stream);
+      response.cork(() => writeHead(response, answer));
+      stream.peer = answer.stream(stream);
+    };
+    response.onAborted(() => {
+      aborted = true;
+      stream?.aborted();
+    });
+    // Looked at when bytes come, never by a timer: uWS closes silent and dripping bodies itself, and sometimes frees
+    // the response of a request behind a `connection: close`, before its data, without `onAborted` (the fuzzer saw
+    // the crash that a timer made of that). After the last data, `onAborted` can be relied on.
+    const startedMs = Date.now();
+    const parts: Buffer[] = [];
+    let size = 0;
+    response.onData((chunk, isLast) => {
+      if (aborted) return;
+      size += chunk.byteLength;
+      if (size > BODY_BYTES) {
+        reply({ status: 413, body: `A request body may have ${BODY_BYTES} bytes.\n` }, true);
+        return;
+      }
+      parts.push(Buffer.from(Buffer.from(chunk))); // copied: uWS takes the chunk back
+      if (!isLast) {
+        if (Date.now() - startedMs > BODY_MS)
+          reply({ status: 408, body: 'The request body did not arrive in time.\n' }, true);
+        return;
+      }
+      call.body = Buffer.concat(parts);
+      options.answer(call).then(
+        (answer) => reply(answer),
+        (error) => {
+          options.onError(error, `${call.method} ${call.path}`);
+          reply({ status: 500, body: 'Something went wrong on our side.\n' });
+        },
+      );
+    });
+  });
+
+  const watching = setInterval(
+    () => {
+      const now = Date.now();
+      for (const connection of connections) {
+        const silentMs = now - connection.lastSeenMs;
+        if (silentMs > 3 * options.heartbeatMs) connection.close(options.close.noHeartbeat, 'no heartbeat');
+        else if (silentMs > options.heartbeatMs) connection.ping();
+      }
+    },
+    Math.max(50, options.heartbeatMs / 2),
+  );
+
+  return new Promise((resolve, reject) => {
+    app.listen(host, port, uws.LIBUS_LISTEN_EXCLUSIVE_PORT, (socket) => {
+      if (!socket) {
+        clearInterval(watching);
+        reject(new Error(`PORT ${port} on ${host} cannot be listened on: it is taken, or not allowed`));
+        return;
+      }
+      let listening: ListenSocket | null = socket;
+      const stopListening = () => {
+        if (!listening) return;
+        (uws.us_listen_socket_close ?? uws.closeSocket)!(listening);
+        listening = null;
+      };
+      resolve({
+        port: (uws.us_socket_local_port ?? uws.getSocketPort)!(socket),
+        connections,
+        cutStreams() {
+          for (const one of [...streams]) one.cut();
+        },
+        stopListening,
+        stop() {
+          clearInterval(watching);
+          stopListening();
+        },
+      });
+    });
+  });
+}
+
+function writeAnswer(response: HttpResponse, answer: HttpAnswer, isHead = false, cut = false): void {
+  writeHead(response, answer);
+  response.end(isHead ? '' : (answer.body ?? ''), cut);
+}
+
+function writeHead(response: HttpResponse, answer: HttpAnswer): void {
+  response.writeStatus(`${answer.status} ${STATUS_CODES[answer.status] ?? ''}`);
+  const headers = answer.headers ?? { 'content-type': 'text/plain; charset=utf-8' };
+  for (const [name, value] of Object.entries(headers)) response.writeHeader(name, value);
+}

@@ -1,0 +1,167 @@
+import { userInfo } from 'node:os';
+import { parseArgs } from 'node:util';
+import { z } from 'zod';
+import { type AccessStore, createAccessStore, UNLIMITED } from '../shared/access.ts';
+import { commonSettings, parseConfig } from '../shared/config.ts';
+import { createKeys } from '../shared/keys.ts';
+import { createNodeRegistry } from '../shared/node-registry.ts';
+import { createLiveNodes, readPresence } from '../shared/presence.ts';
+import { parseUserId } from '../shared/protocol.ts';
+import { createRedis, type RedisConnection } from '../shared/redis.ts';
+import { readRunState } from './run-state.ts';
+
+/** `npm run users`: bans, locks and quotas, for administrators. Every change is kept in the audit stream. */
+
+const HELP = `Usage: npm run users -- <command> [options]
+
+  ban <user> [reason…]          for good; closes the user's connections on every node (4502)
+  unban <user>
+  lock <user> <until>           for a time: 30m, 12h, 7d, or a date as 2030-01-31T12:00Z; closes connections too
+  unlock <user>
+  quota <user> <number|unlimited|default>   conversations a day
+  show <user>                   what is decided, used today, and connected
+  audit [number]                the latest decisions
+
+  --by NAME      who decides; otherwise the name of this login
+  --redis URL    which Redis; otherwise REDIS_URL, the running npm start, redis://127.0.0.1:6379
+  --prefix TEXT  prefix of the keys; otherwise KEY_PREFIX, the running npm start, chat:`;
+
+const REACH_MS = 2_500;
+
+class UsageError extends Error {}
+
+const settings = z.object({ REDIS_URL: commonSettings.REDIS_URL, KEY_PREFIX: commonSettings.KEY_PREFIX });
+
+async function main(args: string[], env: NodeJS.ProcessEnv): Promise<number> {
+  const { values, positionals } = parseArgs({
+    args,
+    allowPositionals: true,
+    options: {
+      by: { type: 'string' },
+      redis: { type: 'string' },
+      prefix: { type: 'string' },
+      help: { type: 'boolean', short: 'h' },
+    },
+  });
+  if (values.help) {
+    console.log(HELP);
+    return 0;
+  }
+  if (positionals.length === 0) throw new UsageError('a command is missing');
+  const run = readRunState();
+  const config = parseConfig(settings, {
+    REDIS_URL: values.redis ?? (env.REDIS_URL || run?.redisUrl),
+    KEY_PREFIX: values.prefix ?? (env.KEY_PREFIX || run?.keyPrefix),
+  });
+  const redis = createRedis({ url: config.REDIS_URL, name: 'users' });
+  try {
+    await redis.connected(REACH_MS);
+    for (const line of await runCommand(positionals, {
+      redis,
+      prefix: config.KEY_PREFIX,
+      by: values.by ?? userInfo().username,
+    }))
+      console.log(line);
+    return 0;
+  } finally {
+    await redis.close();
+  }
+}
+
+/** Carries a command out and returns the lines to print. */
+async function runCommand(
+  [command, ...rest]: string[],
+  { redis, prefix, by }: { redis: RedisConnection; prefix: string; by: string },
+): Promise<string[]> {
+  const keys = createKeys(prefix);
+  const access = createAccessStore({ redis, keys });
+  if (command === 'audit') {
+    const entries = await access.readAudit(rest[0] ? readNumber(rest[0]) : 20);
+    return entries.map(
+      ({ time, by, action, user, details }) =>
+        `${new Date(time).toISOString()}  ${by}  ${action} ${user}${details ? `  ${details}` : ''}`,
+    );
+  }
+  const parsed = parseUserId(rest[0]);
+  if ('reason' in parsed) throw new UsageError(parsed.reason);
+  const user = parsed.userId;
+  const argument = rest.slice(1).join(' ');
+  switch (command) {
+    case 'ban':
+      await access.ban(user, argument || 'no reason given', by);
+      return [`${user} is banned; connections are being closed`];
+    case 'unban':
+      await access.unban(user, by);
+      return [`${user} is not banned any more`];
+    case 'lock': {
+      const untilMs = readUntil(argument, Date.now());
+      await access.lock(user, untilMs, by);
+      return [`${user} is locked until ${new Date(untilMs).toISOString()}; connections are being closed`];
+    }
+    case 'unlock':
+      await access.unlock(user, by);
+      return [`${user} is not locked any more`];
+    case 'quota': {
+      const quota =
+        argument === 'default' ? null : argument === 'unlimited' ? UNLIMITED : readNumber(argument);
+      await access.setQuota(user, quota, by);
+      return [`${user}: ${describeQuota(quota)}`];
+    }
+    case 'show':
+      return show(user, access, redis, keys);
+    default:
+      throw new UsageError(`there is no command ${command}`);
+  }
+}
+
+async function show(
+  user: string,
+  access: AccessStore,
+  redis: RedisConnection,
+  keys: ReturnType<typeof createKeys>,
+): Promise<string[]> {
+  const { banned, lockedUntil, quota, usedToday } = await access.read(user);
+  const [seconds] = await redis.client.time();
+  const live = createLiveNodes(await createNodeRegistry({ redis, keys }).nodes(), Number(seconds) * 1_000);
+  const [connections] = await readPresence({ redis, keys }, [user], live);
+  const place = await redis.client.xlen(keys.inbox(user));
+  return [
+    `user         ${user}`,
+    `banned       ${banned === null ? 'no' : `yes: ${banned}`}`,
+    `locked       ${lockedUntil === null ? 'no' : `until ${new Date(lockedUntil).toISOString()}`}`,
+    `quota        ${describeQuota(quota)}; counted today: ${usedToday}`,
+    `inbox        ${place} messages`,
+    ...connections!.map(
+      ({ node, device, since }) => `connected    ${device} on ${node} since ${new Date(since).toISOString()}`,
+    ),
+  ];
+}
+
+function describeQuota(quota: number | null): string {
+  if (quota === null) return 'conversations a day as everybody';
+  return quota < 0 ? 'any number of conversations a day' : `${quota} conversations a day`;
+}
+
+function readNumber(text: string): number {
+  if (!/^\d{1,9}$/.test(text)) throw new UsageError(`"${text}" is not a number`);
+  return Number(text);
+}
+
+const UNITS_MS: Record<string, number> = { m: 60_000, h: 3_600_000, d: 86_400_000 };
+
+/** A time to come: a span from now, or a date. */
+function readUntil(text: string, nowMs: number): number {
+  const span = /^(\d{1,6})([mhd])$/.exec(text);
+  const untilMs = span ? nowMs + Number(span[1]) * UNITS_MS[span[2]!]! : Date.parse(text);
+  if (Number.isNaN(untilMs)) throw new UsageError(`"${text}" is neither a span as 12h nor a date`);
+  if (untilMs <= nowMs) throw new UsageError(`${text} is in the past`);
+  return untilMs;
+}
+
+main(process.argv.slice(2), process.env).then(
+  (code) => process.exit(code),
+  (error: Error) => {
+    process.stderr.write(`${error.message}\n${error instanceof UsageError ? `\n${HELP}\n` : ''}`);
+    process.exit(error instanceof UsageError ? 2 : 1);
+  },
+);

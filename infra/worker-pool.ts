@@ -1,0 +1,149 @@
+import { type ChildProcess, spawn } from 'node:child_process';
+import { availableParallelism } from 'node:os';
+import { dirname } from 'node:path';
+import { fileURLToPath } from 'node:url';
+import type { Logger } from '../shared/logger.ts';
+import { endWithThisProcess } from './child-guard.ts';
+import { type Candidate, chooseToRetire } from './scaling.ts';
+
+/**
+ * Worker processes of this machine. States of one: starting (not in the registry yet), up, retiring (SIGUSR2:
+ * reads nothing new, finishes what it runs, leaves), gone. A worker that ends by itself is missed at the next
+ * look and replaced; one that cannot start holds further starts back for a growing pause.
+ */
+
+const ROOT = dirname(dirname(fileURLToPath(import.meta.url)));
+const FIRST_PAUSE_MS = 1_000;
+const LONGEST_PAUSE_MS = 30_000;
+const WRONG_SETTINGS = 2; // exit code of lifecycle.ts
+
+interface Worker {
+  child: ChildProcess;
+  /** The lowest free number when it started. */
+  place: number;
+  startedMs: number;
+  seen: boolean;
+  retiring: boolean;
+  ended: Promise<void>;
+}
+
+export interface WorkerPool {
+  /** Workers that take requests, or will. */
+  readonly size: number;
+  /** Workers that finish what they run. */
+  readonly retiring: number;
+  /** Moves towards `target`. `running` is what the registry says, by process id. */
+  adjust(target: number, running: Map<number, number>): void;
+  /** Rejects when no worker can ever start: its settings are wrong. */
+  readonly failed: Promise<never>;
+  readonly pids: number[];
+  /** SIGTERM to all: they drain within DRAIN_MS and hand back what is left. */
+  stop(): Promise<void>;
+}
+
+export function createWorkerPool({ env, log }: { env: NodeJS.ProcessEnv; log: Logger }): WorkerPool {
+  const workers = new Map<number, Worker>();
+  // Each start burns about 0.4 s of a core: more at a time would only delay the first that is ready.
+  const startsAtOnce = availableParallelism();
+  let pauseMs = FIRST_PAUSE_MS;
+  let notBefore = 0;
+  let stopping = false;
+  let fail: (error: Error) => void = () => {};
+  const failed = new Promise<never>((_, reject) => {
+    fail = reject;
+  });
+  failed.catch(() => {});
+
+  /** METRICS_PORT names the port of the first worker; the next ones follow. */
+  const metricsPort = (place: number) =>
+    env.METRICS_PORT && env.METRICS_PORT !== '0'
+      ? String(Number(env.METRICS_PORT) + place)
+      : env.METRICS_PORT;
+
+  function start(): void {
+    const taken = new Set([...workers.values()].map((worker) => worker.place));
+    let place = 0;
+    while (taken.has(place)) place++;
+    const child = spawn(process.execPath, ['--import', './infra/typescript.mjs', 'worker/main.ts'], {
+      cwd: ROOT,
+      env: { ...env, EXIT_WHEN_IDLE_MS: '', METRICS_PORT: metricsPort(place) }, // we decide who leaves
+      stdio: ['ignore', 'inherit', 'inherit'],
+      detached: true, // Ctrl-C reaches it only through us
+    });
+    const { pid } = child;
+    if (!pid) {
+      child.once('error', (error) => fail(error));
+      return;
+    }
+    const letGo = endWithThisProcess(pid);
+    const worker: Worker = {
+      child,
+      place,
+      startedMs: Date.now(),
+      seen: false,
+      retiring: false,
+      ended: new Promise((resolve) => {
+        child.once('exit', (code, signal) => {
+          letGo();
+          workers.delete(pid);
+          if (!worker.seen && !worker.retiring && !stopping) {
+            log.error({ worker: pid, code, signal, pauseMs }, 'a worker did not start');
+            if (code === WRONG_SETTINGS) fail(new Error('the settings of the workers are wrong; see above'));
+            notBefore = Date.now() + pauseMs;
+            pauseMs = Math.min(2 * pauseMs, LONGEST_PAUSE_MS);
+          } else if (worker.retiring || stopping) log.info({ worker: pid, code, signal }, 'worker left');
+          else log.warn({ worker: pid, code, signal }, 'a worker ended; another starts if it is needed');
+          resolve();
+        });
+      }),
+    };
+    workers.set(pid, worker);
+    log.info({ worker: pid }, 'worker started');
+  }
+
+  const serving = () => [...workers.values()].filter((worker) => !worker.retiring);
+
+  return {
+    get size() {
+      return serving().length;
+    },
+    get retiring() {
+      return workers.size - serving().length;
+    },
+    failed,
+    get pids() {
+      return serving().map(({ child }) => child.pid!);
+    },
+    adjust(target, running) {
+      if (stopping) return;
+      for (const [pid, worker] of workers)
+        if (!worker.seen && running.has(pid)) {
+          worker.seen = true;
+          pauseMs = FIRST_PAUSE_MS;
+        }
+      const current = serving();
+      const starting = current.filter((worker) => !worker.seen).length;
+      if (Date.now() >= notBefore)
+        for (let more = Math.min(target - current.length, startsAtOnce - starting); more > 0; more--) start();
+      const candidates = current.map(
+        ({ child, startedMs }): Candidate => ({
+          pid: child.pid!,
+          running: running.get(child.pid!) ?? null,
+          startedMs,
+        }),
+      );
+      for (const { pid, running: busy } of chooseToRetire(candidates, current.length - target)) {
+        const worker = workers.get(pid)!;
+        worker.retiring = true;
+        // Before it is up it holds nothing, and may not know the gentle signal yet.
+        worker.child.kill(worker.seen ? 'SIGUSR2' : 'SIGTERM');
+        log.info({ worker: pid, running: busy }, 'worker retires');
+      }
+    },
+    async stop() {
+      stopping = true;
+      for (const { child } of workers.values()) child.kill('SIGTERM');
+      await Promise.all([...workers.values()].map(({ ended }) => ended));
+    },
+  };
+}

@@ -1,0 +1,552 @@
+import type { ErrorCode } from './errors.ts';
+import type { Keys } from './keys.ts';
+import type { ChatPayload, FinishReason, GenerationStatus, LogFrame, Usage } from './protocol.ts';
+import { type Command, type RedisConnection, retrying } from './redis.ts';
+import { GROUP } from './request-queue.ts';
+
+/**
+ * Records and logs of generations: *the log is the lock*.
+ *
+ * A log is a stream whose entry ids are frame ids, `<attempt>-<seq>`. Entry shapes, one field each:
+ * `start <attempt>` · `token <text>` · `done <JSON>` · `failed <JSON>`.
+ * States of a record: queued → running → done | failed | cancelled, and running → queued at a retry.
+ * `begin` alone opens an attempt and creates a log; appends say NOMKSTREAM and an explicit id, so Redis itself
+ * refuses a worker that has been replaced. Every step here is one script, and safe to repeat.
+ */
+
+/** An open record lives this long without an attempt; then it is given up with everything it holds. */
+const OPEN_RECORD_MS = 24 * 3_600_000;
+const PAGE = 500; // entries a range read may return
+const COMPACT_BYTES = 65_536; // of text, at the most
+
+export interface LogEntry {
+  id: string;
+  /** The frame as it goes to clients, JSON. */
+  frame: string;
+  terminal: boolean;
+}
+
+export type Admitted =
+  /** `queued` is there when the request was appended in the same step. */
+  | { state: 'created'; queued?: { position: number; full: boolean } }
+  | { state: 'joined'; status: GenerationStatus; node: string }
+  | {
+      state: 'refused';
+      code: 'too_many_active' | 'conversation_busy' | 'quota_exhausted';
+      retryAfterMs?: number;
+    };
+
+export type Attached =
+  | { state: 'unknown' }
+  | {
+      state: 'attached';
+      status: GenerationStatus;
+      recovered: boolean;
+      compacted: boolean;
+      /** The node whose request stream carries it; empty when it has ended long ago. */
+      node: string;
+      entries: LogEntry[];
+      /** There may be more entries after the last of these. */
+      more: boolean;
+    };
+
+export type Begun =
+  | { state: 'missing' | 'terminal' | 'duplicate' }
+  | {
+      state: 'run' | 'exhausted';
+      attempt: number;
+      tries: number;
+      payload: ChatPayload;
+      routes: string[];
+      /** The id in the log before this attempt's `start`, or empty. */
+      before: string;
+      admittedMs: number;
+    };
+
+export type Terminal =
+  | { type: 'done'; finishReason: FinishReason; length: number; usage?: Usage }
+  | { type: 'failed'; code: ErrorCode; message: string; temporary: boolean };
+
+export type Finished =
+  | { state: 'ended'; routes: string[]; acknowledged: boolean }
+  | { state: 'fenced' }
+  | { state: 'behind'; top: string };
+
+export type Cancelled =
+  | { state: 'unknown' }
+  | { state: 'ended'; status: GenerationStatus }
+  | { state: 'cancelled'; id: string; before: string; frame: string; routes: string[]; node: string };
+
+/** A running attempt, as its worker names it. */
+export interface Attempt {
+  user: string;
+  messageId: string;
+  attempt: number;
+  worker: string;
+  /** Its request: the node's stream, and the entry there. */
+  node: string;
+  entry: string;
+}
+
+export type GenerationStore = ReturnType<typeof createGenerationStore>;
+
+export function createGenerationStore({
+  redis,
+  keys,
+  retentionMs,
+}: {
+  redis: RedisConnection;
+  keys: Keys;
+  retentionMs: number;
+}) {
+  const { client } = redis;
+
+  return {
+    /**
+     * Makes the record or joins it. Safe to repeat. On a single server a new request is appended in the same step,
+     * and a full queue leaves nothing behind; in a Cluster the record and the queue live in different slots.
+     */
+    async admit(options: {
+      user: string;
+      messageId: string;
+      node: string;
+      payload: ChatPayload;
+      userActiveLimit: number;
+      /** Conversations a day for a user without a number of their own; 0 = any number. */
+      quotaPerDay: number;
+      queueLimit: number;
+      trace?: string;
+    }): Promise<Admitted> {
+      const { user, messageId } = options;
+      const recordKeys = [keys.generation(user, messageId), keys.active(user)];
+      const doorKeys = [keys.quota(user), keys.access(user)];
+      const record = [
+        messageId,
+        options.node,
+        JSON.stringify(options.payload),
+        options.payload.conversationId ?? '',
+        options.userActiveLimit,
+        OPEN_RECORD_MS,
+        keys.generation(user, ''),
+        options.quotaPerDay,
+      ];
+      let admitted: unknown;
+      let queued: [position: number, length?: number] | undefined;
+      if (redis.isCluster) admitted = await redis.script('admit', [...recordKeys, ...doorKeys], record);
+      else
+        [admitted, queued] = (await redis.script(
+          'admit_and_enqueue',
+          [...recordKeys, keys.requests(options.node), keys.retries(options.node), ...doorKeys],
+          [user, options.queueLimit, options.trace ?? '', ...record],
+        )) as [unknown, [number, number?]?];
+      const [state, status, node] = admitted as [string, GenerationStatus?, string?];
+      switch (state) {
+        case 'created':
+          if (!queued) return { state };
+          return { state, queued: { position: queued[0] < 0 ? queued[1]! : queued[0], full: queued[0] < 0 } };
+        case 'joined':
+          return { state, status: status!, node: node! };
+        case 'too_many_active':
+        case 'conversation_busy':
+          return { state: 'refused', code: state };
+        case 'quota_exhausted':
+          return { state: 'refused', code: state, retryAfterMs: Number(status) };
+        default:
+          throw new Error(`admit.lua answered ${state}`);
+      }
+    },
+
+    /** Takes a record back that could not be queued. */
+    async forget(user: string, messageId: string): Promise<void> {
+      await retrying(() =>
+        redis.script(
+          'forget',
+          [keys.generation(user, messageId), keys.active(user), keys.quota(user)],
+          [messageId],
+        ),
+      );
+    },
+
+    /** Routes a generation to a node and reads its log after an id ('' = all), first page. */
+    async attach(user: string, messageId: string, node: string, after: string): Promise<Attached> {
+      const reply = (await retrying(() =>
+        redis.script(
+          'attach',
+          [keys.generation(user, messageId), keys.log(user, messageId)],
+          [node, after, PAGE],
+        ),
+      )) as [string, ...unknown[]];
+      if (reply[0] === 'unknown') return { state: 'unknown' };
+      if (reply[0] === 'compacted') {
+        const [, status, attempt, text, last, terminal] = reply as [string, GenerationStatus, ...string[]];
+        const entries = readCompacted(messageId, attempt!, text!, last!, terminal!);
+        const end = entries.at(-1)!;
+        const seenAll = after === end.id;
+        return {
+          state: 'attached',
+          status,
+          recovered: after === '' || seenAll,
+          compacted: true,
+          node: '',
+          entries: seenAll ? [] : entries,
+          more: false,
+        };
+      }
+      const [, status, recovered, home, entries] = reply as [
+        string,
+        GenerationStatus,
+        number,
+        string,
+        RawEntry[],
+      ];
+      return {
+        state: 'attached',
+        status,
+        recovered: recovered === 1,
+        compacted: false,
+        node: home,
+        entries: entries.map((entry) => readEntry(messageId, entry)),
+        more: entries.length === PAGE,
+      };
+    },
+
+    /** A page of the log after an id ('' = from the start). */
+    async readLog(
+      user: string,
+      messageId: string,
+      after: string,
+      most = PAGE,
+    ): Promise<{ entries: LogEntry[]; more: boolean }> {
+      const from = after === '' ? '-' : `(${after}`;
+      const page = await retrying(() => client.xrange(keys.log(user, messageId), from, '+', 'COUNT', most));
+      return { entries: page.map((entry) => readEntry(messageId, entry)), more: page.length === most };
+    },
+
+    /** Says whose request stream carries it from now on. */
+    async moveHome(user: string, messageId: string, node: string): Promise<void> {
+      await retrying(() => redis.script('move_home', [keys.generation(user, messageId)], [node]));
+    },
+
+    /** The id at the top of each log, '' for an open generation without one, null when there is nothing to wait for. */
+    async tops(generations: { user: string; messageId: string }[]): Promise<(string | null)[]> {
+      const replies = await redis.batch(
+        generations.flatMap(({ user, messageId }): Command[] => [
+          ['xrevrange', keys.log(user, messageId), '+', '-', 'COUNT', 1],
+          ['hget', keys.generation(user, messageId), 'status'],
+        ]),
+      );
+      return generations.map((_, index) => {
+        const [logError, entries] = replies[index * 2]!;
+        const [recordError, status] = replies[index * 2 + 1]!;
+        if (logError ?? recordError) throw logError ?? recordError;
+        if (status === null) return null;
+        const top = (entries as RawEntry[])[0];
+        if (top) return top[0];
+        return status === 'queued' || status === 'running' ? '' : null;
+      });
+    },
+
+    /** Says that nobody on a node listens any more. */
+    async unroute(user: string, messageId: string, node: string): Promise<void> {
+      await redis.script('unroute', [keys.generation(user, messageId)], [node]);
+    },
+
+    /** What the record says, for many generations at once; null where there is none or Redis did not answer. */
+    async inspect(
+      generations: { user: string; messageId: string }[],
+    ): Promise<
+      ({ status: GenerationStatus; attempt: number; owner: string; node: string; beatMs: number } | null)[]
+    > {
+      const replies = await redis.batch(
+        generations.map(({ user, messageId }) => [
+          'hmget',
+          keys.generation(user, messageId),
+          'status',
+          'attempt',
+          'owner',
+          'node',
+          'beat',
+        ]),
+      );
+      return replies.map(([error, value]) => {
+        if (error) throw error;
+        const [status, attempt, owner, node, beat] = value as (string | null)[];
+        return status
+          ? {
+              status: status as GenerationStatus,
+              attempt: Number(attempt),
+              owner: owner ?? '',
+              node: node ?? '',
+              beatMs: Number(beat ?? 0),
+            }
+          : null;
+      });
+    },
+
+    /** Opens the next attempt. Repeating it after a lost connection opens one more, which is harmless. */
+    async begin(options: {
+      user: string;
+      messageId: string;
+      node: string;
+      entry: string;
+      worker: string;
+      maxTries: number;
+      leaseMs: number;
+    }): Promise<Begun> {
+      const { user, messageId } = options;
+      const reply = (await retrying(() =>
+        redis.script(
+          'begin',
+          [keys.generation(user, messageId), keys.log(user, messageId)],
+          [carrierOf(options), options.worker, options.maxTries, options.leaseMs, OPEN_RECORD_MS],
+        ),
+      )) as [string, number, number, string, string, string, string];
+      switch (reply[0]) {
+        case 'missing':
+        case 'terminal':
+        case 'duplicate':
+          return { state: reply[0] };
+        case 'run':
+        case 'exhausted':
+          return {
+            state: reply[0],
+            attempt: reply[1],
+            tries: reply[2],
+            payload: JSON.parse(reply[3] || '{"contents":""}') as ChatPayload,
+            routes: splitRoutes(reply[4]),
+            before: reply[5],
+            admittedMs: Number(reply[6]),
+          };
+        default:
+          throw new Error(`begin.lua answered ${reply[0]}`);
+      }
+    },
+
+    /** The commands of one flush: append one token frame, then learn who wants it. Two replies. */
+    appendCommands(attempt: Attempt, seq: number, text: string): [Command, Command] {
+      const { user, messageId } = attempt;
+      return [
+        ['xadd', keys.log(user, messageId), 'NOMKSTREAM', `${attempt.attempt}-${seq}`, 'token', text],
+        ['hget', keys.generation(user, messageId), 'routes'],
+      ];
+    },
+
+    /** Appends again what the log lacks of `texts` (seq 1 on). */
+    async restore(
+      attempt: Attempt,
+      texts: string[],
+    ): Promise<{ state: 'restored'; routes: string[] } | { state: 'fenced' | 'missing' }> {
+      const { user, messageId } = attempt;
+      const reply = (await redis.script(
+        'restore',
+        [keys.generation(user, messageId), keys.log(user, messageId)],
+        [
+          attempt.attempt,
+          attempt.worker,
+          carrierOf(attempt),
+          OPEN_RECORD_MS,
+          ...texts.flatMap((text, index) => [index + 1, text]),
+        ],
+      )) as [string, string?];
+      if (reply[0] === 'restored') return { state: 'restored', routes: splitRoutes(reply[1]!) };
+      return { state: reply[0] as 'fenced' | 'missing' };
+    },
+
+    /**
+     * Ends a generation. `last` is text that was not appended yet, under its seq. Safe to repeat.
+     * With `acknowledge` the request is acknowledged too, in the same step on a single server; whether that was
+     * done is in the answer.
+     */
+    async finish(
+      attempt: Attempt,
+      last: { seq: number; text: string } | null,
+      seq: number,
+      terminal: Terminal,
+      acknowledge: boolean,
+    ): Promise<Finished> {
+      const { user, messageId } = attempt;
+      const { type, ...rest } = terminal;
+      const recordKeys = [
+        keys.generation(user, messageId),
+        keys.log(user, messageId),
+        keys.active(user),
+        keys.quota(user),
+      ];
+      const end = [
+        attempt.attempt,
+        attempt.worker,
+        messageId,
+        type,
+        last ? `${attempt.attempt}-${last.seq}` : '',
+        last ? last.text : '',
+        `${attempt.attempt}-${seq}`,
+        type,
+        JSON.stringify(rest),
+        retentionMs,
+      ];
+      const together = acknowledge && !redis.isCluster;
+      const reply = (await (together
+        ? redis.script(
+            'finish_and_ack',
+            [keys.requests(attempt.node), ...recordKeys],
+            [GROUP, attempt.worker, attempt.entry, ...end],
+          )
+        : redis.script('finish', recordKeys, end))) as [string, string?];
+      switch (reply[0]) {
+        case 'ended':
+          return { state: 'ended', routes: splitRoutes(reply[1] ?? ''), acknowledged: together };
+        case 'behind':
+          return { state: 'behind', top: reply[1] ?? '' };
+        default:
+          return { state: 'fenced' };
+      }
+    },
+
+    /** Gives an attempt up for a later one. False when it is not ours any more. */
+    async release(attempt: Attempt, countsAsTry: boolean): Promise<boolean> {
+      const released = await retrying(() =>
+        redis.script(
+          'release',
+          [keys.generation(attempt.user, attempt.messageId)],
+          [attempt.attempt, attempt.worker, countsAsTry ? 1 : 0],
+        ),
+      );
+      return released === 1;
+    },
+
+    /** The command that says that an attempt is alive. */
+    beatCommand(attempt: Attempt): Command {
+      return redis.scriptCommand(
+        'beat',
+        [keys.generation(attempt.user, attempt.messageId)],
+        [attempt.attempt, attempt.worker],
+      );
+    },
+
+    async cancel(user: string, messageId: string): Promise<Cancelled> {
+      const reply = (await retrying(() =>
+        redis.script(
+          'cancel',
+          [keys.generation(user, messageId), keys.log(user, messageId), keys.active(user)],
+          [messageId, retentionMs],
+        ),
+      )) as [string, ...unknown[]];
+      if (reply[0] === 'unknown') return { state: 'unknown' };
+      if (reply[0] === 'ended') return { state: 'ended', status: reply[1] as GenerationStatus };
+      const [, id, before, length, routes, node] = reply as [string, string, string, number, string, string];
+      const frame = encodeFrame({ type: 'done', messageId, id, finishReason: 'cancelled', length });
+      return { state: 'cancelled', id, before, frame, routes: splitRoutes(routes), node };
+    },
+
+    /**
+     * Opens a failed generation again for a dead letter; `lastAttempt` is used where the record has expired. Safe to
+     * repeat: one that is open already stays as it is.
+     */
+    async replay(options: {
+      user: string;
+      messageId: string;
+      node: string;
+      payload: ChatPayload;
+      lastAttempt: number;
+    }): Promise<{ state: 'reopened' | 'open'; node: string } | { state: 'ended'; status: GenerationStatus }> {
+      const { user, messageId, payload } = options;
+      const [state, value] = (await retrying(() =>
+        redis.script(
+          'replay',
+          [keys.generation(user, messageId), keys.log(user, messageId), keys.active(user)],
+          [
+            messageId,
+            options.node,
+            JSON.stringify(payload),
+            payload.conversationId ?? '',
+            OPEN_RECORD_MS,
+            options.lastAttempt,
+          ],
+        ),
+      )) as ['reopened' | 'open' | 'ended', string];
+      return state === 'ended' ? { state, status: value as GenerationStatus } : { state, node: value };
+    },
+
+    async compact(user: string, messageId: string): Promise<boolean> {
+      return (
+        (await redis.script(
+          'compact',
+          [keys.generation(user, messageId), keys.log(user, messageId)],
+          [COMPACT_BYTES],
+        )) === 1
+      );
+    },
+
+    /** The text of an attempt so far, for a handler that continues from it. */
+    async readText(user: string, messageId: string, attempt: number): Promise<string> {
+      let text = '';
+      for (let from = `${attempt}-0`; ; ) {
+        const page = await retrying(() =>
+          client.xrange(keys.log(user, messageId), from, `${attempt}-18446744073709551615`, 'COUNT', PAGE),
+        );
+        for (const [id, fields] of page) {
+          if (fields[0] === 'token') text += fields[1];
+          from = `(${id}`;
+        }
+        if (page.length < PAGE) return text;
+      }
+    },
+  };
+}
+
+type RawEntry = [id: string, fields: string[]];
+
+/** A log entry as the frame that clients get. */
+function readEntry(messageId: string, [id, fields]: RawEntry): LogEntry {
+  const [kind, value] = fields as [string, string];
+  switch (kind) {
+    case 'token':
+      return { id, frame: encodeToken(messageId, id, value), terminal: false };
+    case 'start':
+      return {
+        id,
+        frame: encodeFrame({ type: 'start', messageId, id, attempt: Number(value) }),
+        terminal: false,
+      };
+    default:
+      return { id, frame: encodeTerminal(messageId, id, kind, value), terminal: true };
+  }
+}
+
+function readCompacted(
+  messageId: string,
+  attempt: string,
+  text: string,
+  last: string,
+  terminal: string,
+): LogEntry[] {
+  const [id, kind, json] = terminal.split(/ (\w+) (.*)/s) as [string, string, string];
+  const entries: LogEntry[] = [];
+  if (attempt !== '0') entries.push(readEntry(messageId, [`${attempt}-0`, ['start', attempt]]));
+  if (last !== '') entries.push(readEntry(messageId, [last, ['token', text]]));
+  entries.push(readEntry(messageId, [id, [kind, json]]));
+  return entries;
+}
+
+export function encodeFrame(frame: LogFrame): string {
+  return JSON.stringify(frame);
+}
+
+/** A token frame. Ids hold nothing that JSON would escape, so only the text is encoded. */
+export function encodeToken(messageId: string, id: string, text: string): string {
+  return `{"type":"token","messageId":"${messageId}","id":"${id}","text":${JSON.stringify(text)}}`;
+}
+
+/** A terminal frame from its type and its other fields as a JSON object. */
+export function encodeTerminal(messageId: string, id: string, type: string, json: string): string {
+  return `{"type":"${type}","messageId":"${messageId}","id":"${id}",${json.slice(1)}`;
+}
+
+/** Names a request: entry ids are unique only within their stream, and one message may be in two. */
+function carrierOf({ node, entry }: { node: string; entry: string }): string {
+  return `${node} ${entry}`;
+}
+
+function splitRoutes(routes: string): string[] {
+  return routes === '' ? [] : routes.split(',');
+}

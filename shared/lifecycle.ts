@@ -1,0 +1,81 @@
+import type { Logger } from 'pino';
+import { ConfigError } from './config.ts';
+
+/**
+ * Start and end of a process. The first SIGTERM or SIGINT stops in order, a second one exits 1 at once. SIGUSR2
+ * retires a process that can: it leaves by itself once its work is done, and still obeys SIGTERM meanwhile. This
+ * file owns signals and exit codes: 0 after a stop, 1 after a failure, 2 for wrong settings.
+ */
+export interface Running {
+  /** Idempotent and ordered: refuse, drain, flush, close. */
+  stop(): Promise<void>;
+  /** Takes nothing new and settles when what runs has ended, however long that takes. */
+  retire?(): Promise<void>;
+  /** Settles when the process has nothing left to do on its own (serverless mode) or cannot go on. */
+  ended?: Promise<void>;
+}
+
+export async function runProcess(start: () => Promise<Running>, log: Logger): Promise<void> {
+  let running: Running | undefined;
+  let stopping = false;
+  const stop = (reason: string) => {
+    if (stopping) {
+      log.warn({ reason }, 'second signal: leaving at once');
+      process.exit(1);
+    }
+    stopping = true;
+    log.info({ reason }, 'stopping');
+    if (!running) process.exit(0);
+    running.stop().then(
+      () => {
+        log.info('stopped');
+        process.exit(0);
+      },
+      (error) => {
+        log.error({ err: error }, 'stopping failed');
+        process.exit(1);
+      },
+    );
+  };
+  process.on('SIGTERM', () => stop('SIGTERM'));
+  process.on('SIGINT', () => stop('SIGINT'));
+  process.on('SIGUSR2', () => {
+    if (!running?.retire || stopping) return;
+    log.info('retiring');
+    running.retire().then(
+      () => {
+        if (!stopping) stop('retired');
+      },
+      (error) => log.error({ err: error }, 'retiring failed'),
+    );
+  });
+  process.on('unhandledRejection', (error) => {
+    // A bug by definition; leaving lets leases run out and others take over, instead of going on half-alive.
+    log.fatal({ err: error }, 'unhandled rejection');
+    process.exit(1);
+  });
+  try {
+    running = await start();
+  } catch (error) {
+    failToStart(error, log);
+  }
+  running?.ended?.then(
+    () => stop('nothing to do'),
+    (error) => {
+      log.fatal({ err: error }, 'cannot go on');
+      process.exit(1);
+    },
+  );
+}
+
+/** Says why a process cannot start, in one line, and exits: 2 for settings, else 1. */
+export function failToStart(error: unknown, log: Logger): never {
+  if (error instanceof ConfigError) {
+    process.stderr.write(`${error.message}\n`);
+    process.exit(2);
+  }
+  const message = error instanceof Error ? error.message : String(error);
+  log.fatal({ err: error }, `cannot start: ${message}`);
+  process.stderr.write(`Cannot start: ${message}\n`);
+  process.exit(1);
+}

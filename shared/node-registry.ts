@@ -1,0 +1,80 @@
+import type { Keys } from './keys.ts';
+import { type RedisConnection, retrying } from './redis.ts';
+
+/**
+ * Live gateways and workers, as leases in two hashes. A gateway's entry outlives its lease until its requests are
+ * drained: that is how workers go on reading a dead node's stream.
+ */
+
+export interface NodeFacts {
+  startedAt: number;
+  url: string | null;
+  connections: number;
+}
+
+export interface NodeEntry extends NodeFacts {
+  node: string;
+  instance: string;
+  until: number;
+}
+
+export interface WorkerFacts {
+  concurrency: number;
+  /** At most 32, for people who look. */
+  running: { user: string; messageId: string; attempt: number; since: number }[];
+  runningCount: number;
+  tokens: number;
+  done: number;
+  failed: number;
+  host: string;
+  pid: number;
+}
+
+export function createNodeRegistry({ redis, keys }: { redis: RedisConnection; keys: Keys }) {
+  const { client } = redis;
+  return {
+    /** Takes or renews the lease. Returns 0, or ms left of the lease that somebody else holds. */
+    async register(node: string, instance: string, leaseMs: number, facts: NodeFacts): Promise<number> {
+      const [taken, leftMs] = (await redis.script(
+        'register_node',
+        [keys.nodes()],
+        [node, instance, leaseMs, JSON.stringify(facts)],
+      )) as [number, number?];
+      return taken === 1 ? 0 : leftMs!;
+    },
+    async leave(node: string, instance: string): Promise<void> {
+      await redis.script('leave_node', [keys.nodes()], [node, instance]);
+    },
+    /** Every node that is alive or not drained yet. */
+    async nodes(): Promise<NodeEntry[]> {
+      const entries = await retrying(() => client.hgetall(keys.nodes()));
+      return Object.entries(entries)
+        .map(([node, json]) => ({ node, ...JSON.parse(json) }) as NodeEntry)
+        .sort((a, b) => (a.node < b.node ? -1 : 1));
+    },
+    /** Forgets a node whose lease ended so long ago. */
+    async remove(node: string, graceMs: number): Promise<boolean> {
+      return (await redis.script('remove_node', [keys.nodes()], [node, graceMs])) === 1;
+    },
+    async beatWorker(worker: string, leaseMs: number, facts: WorkerFacts): Promise<void> {
+      await client.hset(keys.workers(), worker, JSON.stringify({ until: Date.now() + leaseMs, ...facts }));
+    },
+    /** Workers that beat, with those that fell silent within the last minute. */
+    async countWorkers(): Promise<number> {
+      return client.hlen(keys.workers());
+    },
+    async leaveWorker(worker: string): Promise<void> {
+      await client.hdel(keys.workers(), worker);
+    },
+    /** Forgets workers whose lease ran out `graceMs` ago. */
+    async sweepWorkers(graceMs: number): Promise<void> {
+      const entries = await client.hgetall(keys.workers());
+      const gone = Object.entries(entries)
+        .filter(([, json]) => (JSON.parse(json) as { until: number }).until + graceMs < Date.now())
+        .map(([worker]) => worker);
+      if (gone.length > 0) await client.hdel(keys.workers(), ...gone);
+    },
+  };
+}
+
+export type NodeRegistry = ReturnType<typeof createNodeRegistry>;

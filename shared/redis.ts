@@ -1,0 +1,485 @@
+import { createHash } from 'node:crypto';
+import { readdirSync, readFileSync } from 'node:fs';
+import { setTimeout as delay } from 'node:timers/promises';
+import { Cluster, Redis, type RedisOptions } from 'ioredis';
+import type { Logger } from 'pino';
+import { createTurnPipeline } from './turn-pipeline.ts';
+
+/**
+ * The only place that opens Redis connections. What it adds to ioredis:
+ *
+ * - Nothing hangs for ever. A watchdog pings; a connection that stays silent for `SILENCE_MS` is destroyed and
+ *   rebuilt, also while it is still shaking hands. Blocked reads have their own deadline (`blocked`).
+ * - A command whose connection dies is rejected, never resent behind our back: whoever sent it knows whether it
+ *   may be repeated (`retrying` repeats idempotent steps; appends compare with the log first).
+ * - Scripts are read from `scripts/`, sent by hash, and loaded again after a restart or a failover.
+ * - `batch` is one round trip on a single server and one per node in a Cluster.
+ *
+ * REDIS_URL chooses the engine: `redis://` or `rediss://` one server, `redis+sentinel://host:port,host:port/name`
+ * Sentinel, `redis+cluster://host:port,host:port` Cluster. With `rediss` the query may name files: `?ca=` for an
+ * authority of your own, `cert=` and `key=` for a client certificate (settings REDIS_TLS_CA and so on add them).
+ */
+
+const SILENCE_MS = 3_000; // a healthy loopback or LAN answers in under 10 ms; below this a slow fsync is no fault
+const WATCH_MS = 500; // so that a silent server is noticed within 3.5 s
+const RECONNECT_MS = 200; // at the most, when ioredis has given up
+const MISTRUST_MS = 500; // while a Cluster loses a node, its map changes several times
+export const BLOCK_MS = 1_000; // upper bound for learning of a new node or a stop
+
+export type RedisClient = Redis | Cluster;
+export type Command = [name: string, ...args: (string | number)[]];
+export type Reply = [error: Error | null, value: unknown];
+
+export interface RedisConnection {
+  readonly client: RedisClient;
+  readonly isCluster: boolean;
+  /** Runs a script of `scripts/` by its file name. */
+  script(name: ScriptName, keys: string[], args: (string | number)[]): Promise<unknown>;
+  /** The command that `batch` needs to run a script. */
+  scriptCommand(name: ScriptName, keys: string[], args: (string | number)[]): Command;
+  /** Sends the commands in order, in one round trip where they share a server. Never rejects as a whole. */
+  batch(commands: Command[]): Promise<Reply[]>;
+  /** One command, in the same line as scripts and batches. */
+  send(command: Command): Promise<unknown>;
+  /** Sends now what waits for the end of this event-loop turn. */
+  flush(): void;
+  /** A blocked read with a deadline: rejects, and rebuilds the connection, when Redis stays silent after `blockMs`. */
+  blocked(blockMs: number, read: Command): Promise<unknown>;
+  /** Calls back after every reconnect (not after the first connect). Returns the unsubscriber. */
+  onReconnect(listener: () => void): () => void;
+  /** Rejects when the first connection is not there in time. */
+  connected(timeoutMs?: number): Promise<void>;
+  /** True when the connection can take commands now. */
+  isReady(): boolean;
+  close(): Promise<void>;
+}
+
+export interface RedisConnectionOptions {
+  url: string;
+  /** Shown by `CLIENT LIST`. */
+  name: string;
+  /**
+   * Where the time goes: scripts, batches, `send` and `blocked` use a second connection with a lean codec and one
+   * write an event-loop turn (`turn-pipeline.ts`). Without effect in a Cluster.
+   */
+  hot?: boolean;
+  /** Told how long each of the watchdog's pings took, twice a second. */
+  onPing?: (seconds: number) => void;
+  log?: Logger | undefined;
+}
+
+const scripts = loadScripts();
+export type ScriptName =
+  | 'ack'
+  | 'ack_inbox'
+  | 'admit'
+  | 'admit_and_enqueue'
+  | 'attach'
+  | 'beat'
+  | 'begin'
+  | 'bind'
+  | 'cancel'
+  | 'compact'
+  | 'dead_letter'
+  | 'deliver'
+  | 'enqueue'
+  | 'drop_requests'
+  | 'extend'
+  | 'find_queued'
+  | 'finish'
+  | 'finish_and_ack'
+  | 'forget'
+  | 'join_group'
+  | 'keep_connection'
+  | 'leave_node'
+  | 'move_home'
+  | 'promote'
+  | 'read_inbox'
+  | 'register_node'
+  | 'release'
+  | 'replay'
+  | 'remove_consumer'
+  | 'remove_node'
+  | 'remove_queued'
+  | 'restore'
+  | 'retry_later'
+  | 'settle_chat'
+  | 'unroute';
+
+function loadScripts(): Map<string, { source: string; sha: string }> {
+  const folder = new URL('./scripts/', import.meta.url);
+  const read = (name: string) => readFileSync(new URL(`${name}.lua`, folder), 'utf8');
+  return new Map(
+    readdirSync(folder)
+      .filter((file) => file.endsWith('.lua'))
+      .map((file) => {
+        // `-- @include name` makes another script a function of that name: two steps become one without a copy.
+        const source = read(file.slice(0, -4)).replace(
+          /^-- @include (\w+)$/gm,
+          (_, name: string) => `local function ${name}(KEYS, ARGV)\n${read(name)}\nend`,
+        );
+        return [file.slice(0, -4), { source, sha: createHash('sha1').update(source).digest('hex') }];
+      }),
+  );
+}
+
+/** True for errors after which the same idempotent step may be tried again: the connection or the server, not us. */
+export function isConnectionError(error: unknown): boolean {
+  if (!(error instanceof Error)) return false;
+  const code = (error as NodeJS.ErrnoException).code;
+  if (code && /^(ECONN|EPIPE|ETIMEDOUT|EAI_|ENOTFOUND|EHOSTUNREACH|ENETUNREACH)/.test(code)) return true;
+  return (
+    error.name === 'MaxRetriesPerRequestError' ||
+    error.name === 'AbortError' ||
+    error.name === 'ClusterAllFailedError' ||
+    /^(READONLY|LOADING|MASTERDOWN|CLUSTERDOWN|TRYAGAIN|NOREPLICAS|UNBLOCKED|MISCONF|OOM)/.test(
+      error.message,
+    ) ||
+    /Connection is closed|isn't writeable|Failed to refresh slots|None of startup nodes|Command timed out|silent|All sentinels are unreachable/i.test(
+      error.message,
+    )
+  );
+}
+
+/** An error in words for people: ioredis speaks of its own settings when a server is away. */
+export function describeError(error: unknown): string {
+  if (error instanceof Error && error.name === 'MaxRetriesPerRequestError') return 'Redis does not answer';
+  return error instanceof Error ? error.message : String(error);
+}
+
+/**
+ * Repeats an idempotent step while the connection is the trouble, with a growing pause.
+ * @throws the last error after `deadlineMs`, or at once for any other error or when `signal` aborts
+ */
+export async function retrying<T>(
+  step: () => Promise<T>,
+  options: { deadlineMs?: number; signal?: AbortSignal | undefined } = {},
+): Promise<T> {
+  const deadline = Date.now() + (options.deadlineMs ?? 10_000);
+  for (let pauseMs = 20; ; pauseMs = Math.min(pauseMs * 2, 500)) {
+    try {
+      return await step();
+    } catch (error) {
+      if (!isConnectionError(error) || Date.now() + pauseMs > deadline || options.signal?.aborted)
+        throw error;
+      await delay(pauseMs);
+    }
+  }
+}
+
+export function createRedis(options: RedisConnectionOptions): RedisConnection {
+  const { log } = options;
+  const target = parseRedisUrl(options.url);
+  const common: RedisOptions = {
+    ...target.options,
+    connectionName: options.name,
+    maxRetriesPerRequest: 0, // reject what was unanswered when a connection dies
+    autoResendUnfulfilledCommands: false,
+    enableOfflineQueue: true, // holds commands for one reconnect at the most
+    connectTimeout: SILENCE_MS,
+    retryStrategy: (times) => Math.min(20 * 2 ** Math.min(times, 6), 1_000) * (0.5 + Math.random() / 2),
+    reconnectOnError: (error) => (/^READONLY/.test(error.message) ? 1 : false), // a demoted master
+    disableClientInfo: true,
+  };
+  const isCluster = target.kind === 'cluster';
+  const client: RedisClient = isCluster
+    ? new Cluster(target.nodes, {
+        redisOptions: common,
+        // One by one: only then does ioredis follow a MOVED or ASK for each. In a pipeline that touches several
+        // slots, one that moves would fail the commands of that slot.
+        enableAutoPipelining: false,
+        clusterRetryStrategy: (times) => Math.min(50 * times, 1_000),
+        maxRedirections: 16,
+        retryDelayOnFailover: 0, // 0 = rejected as on a single server, not sent again by ioredis
+        slotsRefreshTimeout: SILENCE_MS,
+        slotsRefreshInterval: 5_000,
+      })
+    : new Redis(common);
+  // `client` answers single questions; `hot` has a line of its own. One order holds within each, none between them.
+  const hot =
+    options.hot && !isCluster
+      ? new Redis({ ...common, connectionName: `${options.name}:hot`, enableOfflineQueue: false })
+      : null;
+  const pipeline = hot ? createTurnPipeline(hot) : null;
+
+  let closed = false;
+  let everReady = false;
+  const listeners = new Set<() => void>();
+  (hot ?? client).on('ready', () => {
+    if (everReady) {
+      log?.info({ connection: options.name }, 'redis connection is back');
+      for (const listener of listeners) listener();
+    }
+    everReady = true;
+  });
+  // ioredis gives up for good when a connection is told to close while it is being made: the failover detector of
+  // Sentinel does that. Nobody but `close` may end one.
+  for (const redis of [client, hot])
+    if (redis instanceof Redis)
+      redis.on('end', () => {
+        setTimeout(() => {
+          if (!closed) redis.connect().catch(() => {});
+        }, RECONNECT_MS * Math.random()).unref();
+      });
+  let lastError = '';
+  hot?.on('error', () => {}); // `client` has the same trouble, and says so
+  client.on('error', (error: Error) => {
+    // ioredis repeats the same error at every attempt; say it once per outage.
+    if (error.message !== lastError)
+      log?.warn({ connection: options.name, err: error.message }, 'redis connection trouble');
+    lastError = error.message;
+  });
+  client.on('ready', () => {
+    lastError = '';
+  });
+
+  const unwatch = new Set<() => void>();
+  let mistrusted: NodeJS.Timeout | null = null;
+  /** Tells the listeners of a Cluster now, and once more when its nodes have been quiet for a moment. */
+  function mistrust(): void {
+    if (closed) return;
+    if (mistrusted) clearTimeout(mistrusted);
+    else for (const listener of listeners) listener();
+    mistrusted = setTimeout(() => {
+      mistrusted = null;
+      if (!closed) for (const listener of listeners) listener();
+    }, MISTRUST_MS);
+    mistrusted.unref();
+  }
+
+  if (client instanceof Cluster) {
+    client.on('+node', (node: Redis) => {
+      const stop = watch(node);
+      unwatch.add(stop);
+      node.once('end', () => {
+        stop();
+        unwatch.delete(stop);
+      });
+    });
+    // A node that was lost, or another master: a failover may have taken what the old one had acknowledged.
+    client.on('-node', () => {
+      client.refreshSlotsCache();
+      mistrust();
+    });
+    let masters = '';
+    client.on('refresh', () => {
+      const now = [...new Set(client.slots.map((owners) => owners?.[0]))].sort().join();
+      if (masters !== '' && now !== masters) mistrust();
+      masters = now;
+    });
+  } else unwatch.add(watch(client));
+  if (hot) unwatch.add(watch(hot, () => pipeline!.send(['ping'])));
+
+  /** Destroys a connection that is silent while it should speak. */
+  function watch(redis: Redis, ping: () => Promise<unknown> = () => redis.ping()): () => void {
+    const isBusy = () => busyUntil > 0 && (redis === hot || !hot);
+    let status = redis.status;
+    let since = Date.now();
+    let pinging = false;
+    const timer = setInterval(() => {
+      const now = Date.now();
+      if (redis.status !== status) {
+        status = redis.status;
+        since = now;
+      }
+      if (status === 'ready') {
+        if (!pinging && !isBusy()) {
+          pinging = true;
+          since = now;
+          const sent = performance.now();
+          ping().then(
+            () => {
+              pinging = false;
+              options.onPing?.((performance.now() - sent) / 1000);
+            },
+            () => {
+              pinging = false;
+            },
+          );
+        } else if (pinging && now - since > SILENCE_MS) rebuild(redis, 'no answer to a ping');
+      } else if ((status === 'connect' || status === 'connecting') && now - since > SILENCE_MS) {
+        rebuild(redis, 'no answer while connecting');
+        since = now;
+      }
+    }, WATCH_MS);
+    timer.unref();
+    return () => clearInterval(timer);
+  }
+
+  function rebuild(redis: Redis, reason: string) {
+    log?.warn({ connection: options.name, reason }, 'redis is silent; rebuilding the connection');
+    // `disconnect()` would end politely and wait for a peer that does not speak.
+    redis.stream?.destroy(new Error(`redis is silent: ${reason}`));
+  }
+
+  let busyUntil = 0; // a blocked read is under way: its own deadline watches
+
+  /** One line for all commands of this connection: the lean one, or what ioredis has. */
+  const send: (command: Command) => Promise<unknown> = pipeline
+    ? (command) => pipeline.send(command)
+    : ([name, ...args]) => client.call(name, ...args);
+
+  async function sendAll(commands: Command[]): Promise<Reply[]> {
+    if (pipeline) return pipeline.batch(commands);
+    if (client instanceof Cluster)
+      return Promise.all(
+        commands.map((command) =>
+          send(command).then(
+            (value): Reply => [null, value],
+            (error: Error): Reply => [error, null],
+          ),
+        ),
+      );
+    const several = client.pipeline();
+    for (const [name, ...args] of commands) several.call(name, ...args);
+    return several.exec().then(
+      (replies) => replies as Reply[],
+      (error: Error) => commands.map((): Reply => [error, null]),
+    );
+  }
+
+  const connection: RedisConnection = {
+    client,
+    isCluster,
+    async script(name, keys, args) {
+      const { sha, source } = scripts.get(name)!;
+      try {
+        return await send(['evalsha', sha, keys.length, ...keys, ...args]);
+      } catch (error) {
+        if (!isNoScript(error)) throw error;
+        return send(['eval', source, keys.length, ...keys, ...args]);
+      }
+    },
+    scriptCommand: (name, keys, args) => ['evalsha', scripts.get(name)!.sha, keys.length, ...keys, ...args],
+    send,
+    flush: () => pipeline?.flush(),
+    async batch(commands) {
+      if (commands.length === 0) return [];
+      const replies = await sendAll(commands);
+      for (let index = 0; index < replies.length; index++) {
+        const reply = replies[index]!;
+        if (reply[0] === null || !isNoScript(reply[0])) continue;
+        const [, sha, ...rest] = commands[index]!;
+        const { source } = [...scripts.values()].find((script) => script.sha === sha)!;
+        replies[index] = (await sendAll([['eval', source, ...rest]]))[0]!;
+      }
+      return replies;
+    },
+    async blocked(blockMs, read) {
+      busyUntil = Date.now() + blockMs;
+      const timer = setTimeout(() => {
+        const reason = 'a blocked read did not return';
+        if (client instanceof Cluster) for (const node of client.nodes('all')) rebuild(node, reason);
+        else rebuild(hot ?? client, reason);
+      }, blockMs + SILENCE_MS);
+      try {
+        const reply = send(read);
+        pipeline?.flush();
+        return await reply;
+      } finally {
+        busyUntil = 0;
+        clearTimeout(timer);
+      }
+    },
+    onReconnect(listener) {
+      listeners.add(listener);
+      return () => listeners.delete(listener);
+    },
+    async connected(timeoutMs = 10_000) {
+      const deadline = Date.now() + timeoutMs;
+      for (;;) {
+        if (connection.isReady()) return;
+        if (Date.now() > deadline || closed)
+          throw new Error(
+            `Redis at ${redactUrl(options.url)} does not answer${lastError ? `: ${lastError}` : ''}`,
+          );
+        await delay(20);
+      }
+    },
+    isReady: () => client.status === 'ready' && (!hot || hot.status === 'ready'),
+    async close() {
+      if (closed) return;
+      closed = true;
+      for (const stop of unwatch) stop();
+      pipeline?.close();
+      hot?.disconnect();
+      client.disconnect();
+    },
+  };
+  return connection;
+}
+
+function isNoScript(error: unknown): boolean {
+  return error instanceof Error && error.message.startsWith('NOSCRIPT');
+}
+
+/** The URL without its password, for messages. */
+export function redactUrl(url: string): string {
+  return url.replace(/\/\/([^@/]*)@/, '//***@');
+}
+
+type Target =
+  | { kind: 'server' | 'sentinel'; options: RedisOptions; nodes: [] }
+  | { kind: 'cluster'; options: RedisOptions; nodes: { host: string; port: number }[] };
+
+/** @throws Error that names a file that cannot be read */
+function readTlsOptions(query: string): NonNullable<RedisOptions['tls']> {
+  const files = new URLSearchParams(query);
+  const read = (name: string) => {
+    const path = files.get(name);
+    return path ? { [name]: readFileSync(path) } : {};
+  };
+  return { ...read('ca'), ...read('cert'), ...read('key') };
+}
+
+/** Reads REDIS_URL: see the top of the file. @throws Error that names what is wrong */
+export function parseRedisUrl(text: string): Target {
+  const match =
+    /^(rediss?)(?:\+(sentinel|cluster))?:\/\/(?:([^@/]*)@)?([^/?]+)(?:\/([^?]*))?(?:\?(.*))?$/.exec(text);
+  if (!match) throw new Error(`REDIS_URL ${redactUrl(text)} cannot be read`);
+  const [, scheme, engine, credentials, hostList, path, query] = match;
+  const [username, password] = credentials?.includes(':') ? credentials.split(/:(.*)/s) : ['', credentials];
+  const hosts = hostList!.split(',').map((entry) => {
+    const [, host, port] = /^(\[[^\]]+\]|[^:]+)(?::(\d+))?$/.exec(entry) ?? [];
+    if (!host) throw new Error(`REDIS_URL: ${entry} is not host:port`);
+    return {
+      host: host.replace(/^\[|\]$/g, ''),
+      port: port ? Number(port) : engine === 'sentinel' ? 26379 : 6379,
+    };
+  });
+  const options: RedisOptions = {
+    ...(username ? { username: decodeURIComponent(username) } : {}),
+    ...(password ? { password: decodeURIComponent(password) } : {}),
+    ...(scheme === 'rediss' ? { tls: readTlsOptions(query ?? '') } : {}),
+  };
+  if (engine === 'cluster') return { kind: 'cluster', options, nodes: hosts };
+  if (engine === 'sentinel') {
+    if (!path)
+      throw new Error(
+        'REDIS_URL: Sentinel needs the name of the master, as in redis+sentinel://host:26379/mymaster',
+      );
+    return {
+      kind: 'sentinel',
+      options: {
+        ...options,
+        sentinels: hosts,
+        name: path,
+        failoverDetector: true,
+        ...(options.tls ? { enableTLSForSentinelMode: true, sentinelTLS: options.tls } : {}),
+      },
+      nodes: [],
+    };
+  }
+  if (hosts.length !== 1)
+    throw new Error('REDIS_URL names several hosts: use redis+sentinel:// or redis+cluster://');
+  return {
+    kind: 'server',
+    options: {
+      ...options,
+      host: hosts[0]!.host,
+      port: hosts[0]!.port,
+      ...(path ? { db: Number(path) } : {}),
+    },
+    nodes: [],
+  };
+}

@@ -1,0 +1,163 @@
+import { randomUUID } from 'node:crypto';
+import type { Redis } from 'ioredis';
+import { createParser, encodeCommand, RespError, type RespValue } from './resp.ts';
+
+/**
+ * Sends commands over a connection that ioredis has made (address, Sentinel, TLS, credentials, reconnects) but
+ * speaks for itself once it is ready: all commands of an event-loop turn leave in one write, replies are read by
+ * `resp.ts`. No other command may be sent on that ioredis instance: it is made without an offline queue, so that
+ * ioredis has none to send either.
+ *
+ * States: away → ready → away … A command sent while away waits for the next connection; when a connection ends,
+ * everything unanswered is rejected and never resent.
+ */
+
+export type PipelineReply = [error: Error | null, value: unknown];
+export type PipelineCommand = readonly (string | number)[];
+
+export interface TurnPipeline {
+  send(command: PipelineCommand): Promise<unknown>;
+  /** Replies in order; never rejects. */
+  batch(commands: readonly PipelineCommand[]): Promise<PipelineReply[]>;
+  /** Writes now what waits for the end of the turn. */
+  flush(): void;
+  close(): void;
+}
+
+/** What waits for replies: one command, or several that are answered together. */
+interface Waiter {
+  left: number;
+  take(reply: RespValue): void;
+  fail(error: Error): void;
+}
+
+const MOST_WAITING = 200_000; // commands without an answer; beyond it something is badly wrong
+const EMPTY = '';
+
+export function createTurnPipeline(redis: Redis): TurnPipeline {
+  let ready = false;
+  let closed = false;
+  let outgoing = EMPTY;
+  let scheduled = false;
+  /** Waiters in the order of their commands. A ring would save the compaction; an array with a head is enough. */
+  let waiters: Waiter[] = [];
+  let head = 0;
+  let waiting = 0;
+  let epoch = 0;
+
+  redis.on('ready', () => {
+    const { stream } = redis;
+    const mine = ++epoch;
+    // ioredis may still wait for replies of its own (a handshake that an earlier connection cut short is repeated on
+    // this one). Ours begin after the echo of a word that nobody else can have sent: a reply that was taken for that
+    // of the next command would give one user's answer to another.
+    const mark = randomUUID();
+    let isOurs = false;
+    const parser = createParser((reply) => {
+      if (isOurs) {
+        answer(reply);
+        return;
+      }
+      if (reply !== mark) return;
+      isOurs = true;
+      ready = true;
+      flush();
+    });
+    stream.removeAllListeners('data');
+    stream.on('data', (chunk: Buffer) => {
+      if (mine !== epoch) return;
+      try {
+        parser.push(chunk);
+      } catch (error) {
+        stream.destroy(error as Error);
+      }
+    });
+    stream.resume();
+    stream.write(encodeCommand(['echo', mark]));
+  });
+  redis.on('close', away);
+  redis.on('end', away);
+
+  function away(): void {
+    ready = false;
+    epoch++;
+    outgoing = EMPTY;
+    const lost = waiters.slice(head);
+    waiters = [];
+    head = 0;
+    waiting = 0;
+    const error = new Error('Connection is closed.');
+    for (const waiter of lost) waiter.fail(error);
+  }
+
+  function answer(reply: RespValue): void {
+    const waiter = waiters[head];
+    if (!waiter) throw new Error('RESP: a reply without a command');
+    waiting--;
+    if (--waiter.left === 0) {
+      head++;
+      if (head > 1024 && head * 2 > waiters.length) {
+        waiters = waiters.slice(head);
+        head = 0;
+      }
+    }
+    if (reply instanceof RespError && reply.message.startsWith('READONLY')) redis.stream.destroy(reply); // a demoted master
+    waiter.take(reply);
+  }
+
+  function enqueue(encoded: string, waiter: Waiter): void {
+    if (closed || waiting > MOST_WAITING) {
+      waiter.fail(new Error(closed ? 'Connection is closed.' : 'too many commands wait for Redis'));
+      return;
+    }
+    waiting += waiter.left;
+    waiters.push(waiter);
+    outgoing += encoded;
+    if (scheduled) return;
+    scheduled = true;
+    setImmediate(flush);
+  }
+
+  function flush(): void {
+    scheduled = false;
+    if (!ready || outgoing === EMPTY) return;
+    const text = outgoing;
+    outgoing = EMPTY;
+    redis.stream.write(text);
+  }
+
+  return {
+    send(command) {
+      return new Promise((resolve, reject) => {
+        enqueue(encodeCommand(command), {
+          left: 1,
+          take: (reply) => (reply instanceof RespError ? reject(reply) : resolve(reply)),
+          fail: reject,
+        });
+      });
+    },
+    batch(commands) {
+      if (commands.length === 0) return Promise.resolve([]);
+      return new Promise((resolve) => {
+        const replies: PipelineReply[] = [];
+        let encoded = EMPTY;
+        for (const command of commands) encoded += encodeCommand(command);
+        enqueue(encoded, {
+          left: commands.length,
+          take(reply) {
+            replies.push(reply instanceof RespError ? [reply, null] : [null, reply]);
+            if (replies.length === commands.length) resolve(replies);
+          },
+          fail(error) {
+            while (replies.length < commands.length) replies.push([error, null]);
+            resolve(replies);
+          },
+        });
+      });
+    },
+    flush,
+    close() {
+      closed = true;
+    },
+  };
+}

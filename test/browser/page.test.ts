@@ -1,0 +1,358 @@
+import assert from 'node:assert/strict';
+import { createHmac } from 'node:crypto';
+import { existsSync } from 'node:fs';
+import { delimiter, join } from 'node:path';
+import { after, before, type TestContext, test } from 'node:test';
+import { type Browser, type BrowserContextOptions, chromium, type Page } from 'playwright-core';
+import { type GatewayProcess, type Stack, startStack } from '../helpers/stack.ts';
+
+/** The page in a real Chromium, on a real stack. */
+
+const CHROMIUM_ARGS = [
+  '--headless',
+  '--no-sandbox',
+  '--disable-gpu',
+  '--disable-quic',
+  '--no-first-run',
+  '--disable-background-networking',
+  '--disable-component-update',
+  '--disable-sync',
+];
+const WAIT_MS = 20_000;
+
+/** 140 different words: four seconds of the demo model, and every loss or double would show. */
+const LONG = Array.from({ length: 140 }, (_, index) => `w${index + 1}`).join(' ');
+const LONG_ANSWER = `You asked the demo model to say: ${LONG}`;
+
+let stack: Stack;
+let browser: Browser;
+
+before(async () => {
+  [stack, browser] = await Promise.all([
+    startStack(null, {
+      gateways: 1,
+      workers: 1,
+      env: { ALLOWED_ORIGINS: '*' }, // each gateway serves the page, and takes sockets of the other's
+      workerEnv: { LEASE_MS: '2000' },
+    }),
+    chromium.launch({ executablePath: findChromium(), args: CHROMIUM_ARGS }),
+  ]);
+});
+
+after(async () => {
+  await browser?.close();
+  await stack?.stop();
+});
+
+function findChromium(): string {
+  if (process.env.CHROMIUM_PATH) return process.env.CHROMIUM_PATH;
+  const folders = (process.env.PATH ?? '').split(delimiter);
+  for (const name of ['chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable'])
+    for (const folder of folders) if (existsSync(join(folder, name))) return join(folder, name);
+  throw new Error('no Chromium on the PATH; set CHROMIUM_PATH');
+}
+
+let users = 0;
+
+/** A fresh profile, connected. Anything that the page complains about fails the test. */
+async function openPage(
+  t: TestContext,
+  options: {
+    gateway?: GatewayProcess;
+    user?: string;
+    context?: BrowserContextOptions;
+    /** What the page must say of its connection before the test goes on. */
+    connection?: 'ready' | 'off';
+    /** Complaints that belong to the test, such as those about a server that was killed. */
+    allow?: RegExp;
+  } = {},
+): Promise<Page> {
+  const context = await browser.newContext({ viewport: { width: 1360, height: 860 }, ...options.context });
+  const page = await context.newPage();
+  page.setDefaultTimeout(WAIT_MS);
+  const complaints: string[] = [];
+  page.on('pageerror', (error) => complaints.push(error.message));
+  page.on('console', (message) => {
+    if (message.type() !== 'error' && message.type() !== 'warning') return;
+    if (!options.allow?.test(message.text())) complaints.push(message.text());
+  });
+  t.after(async () => {
+    await context.close();
+    assert.deepEqual(complaints, []);
+  });
+  const { http } = options.gateway ?? stack.gateways[0]!;
+  await page.goto(`${http}/?userId=${options.user ?? `page-${++users}`}`);
+  await page.waitForSelector(`#connection[data-state=${options.connection ?? 'ready'}]`);
+  return page;
+}
+
+async function ask(page: Page, question: string): Promise<void> {
+  await page.fill('#question', question);
+  await page.press('#question', 'Enter');
+}
+
+async function lastAnswer(page: Page): Promise<string> {
+  return (await page.locator('.turn').last().locator('.prose').textContent()) ?? '';
+}
+
+const waitForStatus = (page: Page, status: string) =>
+  page.waitForSelector(`.turn:last-child[data-status="${status}"]`);
+
+/** Until the answer on screen has at least this many characters. */
+async function waitForText(page: Page, length: number): Promise<string> {
+  await page.waitForFunction(
+    (least) => (document.querySelector('.turn:last-child .prose')?.textContent ?? '').length >= least,
+    length,
+  );
+  return lastAnswer(page);
+}
+
+test('ask and watch it stream, by keyboard alone', async (t) => {
+  const page = await openPage(t);
+  await page.waitForFunction(() => document.activeElement?.id === 'question');
+  await page.keyboard.type('Repeat: one');
+  await page.keyboard.press('Shift+Enter');
+  await page.keyboard.type('two');
+  assert.equal(await page.inputValue('#question'), 'Repeat: one\ntwo');
+  await page.fill('#question', `Repeat: ${LONG}`);
+  await page.keyboard.press('Enter');
+  assert.equal(await page.inputValue('#question'), '');
+  const early = await waitForText(page, 60);
+  assert.ok(early.length < LONG_ANSWER.length, 'it streams');
+  assert.equal(await page.getAttribute('#send', 'aria-label'), 'Stop the answer');
+  await waitForStatus(page, 'done');
+  assert.equal(await lastAnswer(page), LONG_ANSWER);
+  assert.equal(await page.getAttribute('#send', 'aria-label'), 'Send');
+  assert.match((await page.textContent('#announcer')) ?? '', /^The answer: You asked/);
+
+  await ask(page, 'What did I ask before?');
+  await waitForStatus(page, 'done');
+  assert.match(await lastAnswer(page), /Before this you wrote: "Repeat: w1/, 'the history goes along');
+});
+
+test('a reload in the middle resumes the same generation', async (t) => {
+  const page = await openPage(t);
+  await ask(page, `Repeat: ${LONG}`);
+  const before = await waitForText(page, 150);
+  await page.reload();
+  const after = await waitForText(page, 20);
+  assert.ok(LONG_ANSWER.startsWith(before) && LONG_ANSWER.startsWith(after));
+  await waitForStatus(page, 'done');
+  assert.equal(await lastAnswer(page), LONG_ANSWER);
+  const turn = await page.evaluate(() => {
+    const key = Object.keys(localStorage).find((name) => name.includes(':c:'))!;
+    return JSON.parse(localStorage.getItem(key)!).turns[0];
+  });
+  assert.deepEqual([turn.attempt, turn.tries, turn.status], [1, 0, 'done'], 'asked once, answered once');
+  await page.reload();
+  await page.waitForSelector('.turn');
+  assert.equal(await lastAnswer(page), LONG_ANSWER, 'and it stays');
+});
+
+test('a killed gateway in the middle: the page moves to the other one', async (t) => {
+  const doomed = await stack.addGateway({ node: 'doomed' });
+  const page = await openPage(t, { gateway: doomed, allow: /Failed to load|ERR_|WebSocket|CORS/ });
+  // The page learns of the other gateway from the live view.
+  await page.waitForSelector('#nodes .card:nth-child(2)');
+  await ask(page, `Repeat: ${LONG}`);
+  const before = await waitForText(page, 100);
+  await doomed.kill();
+  await page.waitForFunction(() => /n1/.test(document.getElementById('connection-text')?.textContent ?? ''));
+  await page.waitForSelector('.turn:last-child .turn-state[data-tone=good]');
+  await waitForStatus(page, 'done');
+  assert.ok(LONG_ANSWER.startsWith(before));
+  assert.equal(await lastAnswer(page), LONG_ANSWER);
+  await ask(page, 'What is 6 * 7?');
+  await waitForStatus(page, 'done');
+  assert.match(await lastAnswer(page), /42/, 'and life goes on there');
+});
+
+test('the stop button and Esc keep the partial text', async (t) => {
+  const page = await openPage(t);
+  for (const stop of [() => page.click('#send'), () => page.keyboard.press('Escape')]) {
+    await ask(page, `Repeat: ${LONG}`);
+    await waitForText(page, 60);
+    await stop();
+    await waitForStatus(page, 'cancelled');
+    const text = await lastAnswer(page);
+    assert.ok(text.length < LONG_ANSWER.length && LONG_ANSWER.startsWith(text));
+    assert.equal(await page.locator('.turn').last().locator('.turn-state').textContent(), 'Stopped');
+    assert.equal(await page.evaluate(() => document.activeElement?.id), 'question');
+  }
+});
+
+test('hostile text in question and answer is shown, not run', async (t) => {
+  const page = await openPage(t);
+  const dialogs: string[] = [];
+  page.on('dialog', (dialog) => {
+    dialogs.push(dialog.message());
+    void dialog.dismiss();
+  });
+  const hostile =
+    '<img src=x onerror="window.hacked=1"><script>window.hacked=2</script> [click](javascript:window.hacked=3) ' +
+    '[data](data:text/html,x) <a href="javascript:alert(4)">x</a> **bold** [fine](https://example.com/a_b_c) `<b>`';
+  await ask(page, `Repeat: ${hostile}`);
+  await waitForStatus(page, 'done');
+  assert.equal(await page.locator('.bubble').textContent(), `You: Repeat: ${hostile}`);
+  const answer = page.locator('.turn .prose');
+  assert.match(await lastAnswer(page), /<img src=x onerror="window.hacked=1"><script>/);
+  const links = await answer
+    .locator('a')
+    .evaluateAll((list) => list.map((link) => [link.getAttribute('href'), link.getAttribute('rel')]));
+  assert.deepEqual(links, [['https://example.com/a_b_c', 'noopener noreferrer nofollow']]);
+  assert.equal(await answer.locator('strong').textContent(), 'bold');
+  assert.equal(await page.locator('.thread img, .thread script, .thread b').count(), 0);
+  assert.equal(await page.evaluate(() => 'hacked' in window), false);
+  assert.deepEqual(dialogs, []);
+});
+
+test('Markdown: blocks are built once, and hostile sizes stay quick', async (t) => {
+  const page = await openPage(t);
+  const result = await page.evaluate(async () => {
+    const path = '/markdown.js';
+    const { createMarkdownView } = await import(path);
+    const text = [
+      '# Title',
+      'One *two* **three** `four` snake_case_name 2 * 3 * 4',
+      'second line',
+      '',
+      '- a',
+      '- b',
+      '  - c',
+      '',
+      '3. x',
+      '',
+      '```js',
+      'if (a < b) **no**',
+      '```',
+      '> quoted',
+      '',
+      '---',
+      'https://example.com/x?y=1).',
+    ].join('\n');
+    const box = document.createElement('div');
+    const view = createMarkdownView(box);
+    view.update(text.slice(0, 80));
+    const first = box.firstElementChild;
+    for (let end = 80; end <= text.length; end++) view.update(text.slice(0, end));
+    const html = box.innerHTML;
+    const kept = box.firstElementChild === first;
+    const started = performance.now();
+    for (const piece of ['`', '*', '**a', '[', '[a](', '_a ', '> ', '- ', '\\', 'http://', '``` ', '# '])
+      createMarkdownView(document.createElement('div')).update(piece.repeat(40_000 / piece.length));
+    return { html, kept, ms: performance.now() - started };
+  });
+  assert.ok(result.kept);
+  assert.equal(
+    result.html.replace(/<div class="code-head">.*?<\/div>/, ''),
+    '<h3>Title</h3><p>One <em>two</em> <strong>three</strong> <code>four</code> snake_case_name 2 * 3 * 4<br>second line</p>' +
+      '<ul><li>a</li><li>b<ul><li>c</li></ul></li></ul><ol start="3"><li>x</li></ol>' +
+      '<div class="code"><pre tabindex="0"><code>if (a &lt; b) **no**</code></pre></div>' +
+      '<blockquote><p>quoted</p></blockquote><hr>' +
+      '<p><a href="https://example.com/x?y=1" target="_blank" rel="noopener noreferrer nofollow">https://example.com/x?y=1</a>).</p>',
+  );
+  assert.ok(result.ms < 5_000, `${Math.round(result.ms)} ms`);
+});
+
+test('two tabs of one user: both follow the answer', async (t) => {
+  const one = await openPage(t);
+  const two = await one.context().newPage();
+  await two.goto(one.url());
+  await two.waitForSelector('#connection[data-state=ready]');
+  await ask(one, `Repeat: ${LONG}`);
+  await waitForText(one, 60);
+  await two.click('.list-item');
+  const seen = await waitForText(two, 80);
+  assert.ok(LONG_ANSWER.startsWith(seen) && seen.length < LONG_ANSWER.length);
+  await Promise.all([waitForStatus(one, 'done'), waitForStatus(two, 'done')]);
+  assert.equal(await lastAnswer(two), LONG_ANSWER);
+  await one.hover('.list-row');
+  await one.click('.list-remove');
+  await two.waitForSelector('#welcome', { state: 'visible' });
+  await one.click('.toast button');
+  await one.waitForSelector('.turn');
+  assert.equal(await lastAnswer(one), LONG_ANSWER, 'undo brings it back');
+});
+
+test('a worker killed in the middle: the answer starts over, the end is right', async (t) => {
+  const page = await openPage(t);
+  await ask(page, `Repeat: ${LONG}`);
+  await waitForText(page, 100);
+  await Promise.all([stack.workers.at(-1)!.kill(), stack.addWorker()]);
+  await waitForStatus(page, 'done');
+  assert.equal(await lastAnswer(page), LONG_ANSWER);
+});
+
+test('no worker: it waits in line and says so; the live view shows it; then it is answered', async (t) => {
+  await stack.workers.at(-1)!.kill('SIGTERM');
+  const page = await openPage(t);
+  await page.waitForSelector('#no-workers', { state: 'visible' });
+  try {
+    await ask(page, 'What is 6 * 7?');
+    await page.locator('.turn-state', { hasText: 'Next in line' }).waitFor();
+    const card = page.locator('#nodes .card', { hasText: 'n1' });
+    await card.locator('.stat', { hasText: 'waiting' }).locator('dd', { hasText: '1' }).waitFor();
+  } finally {
+    await stack.addWorker();
+  }
+  await waitForStatus(page, 'done');
+  assert.match(await lastAnswer(page), /42/);
+});
+
+test('narrow and dark: nothing sticks out, drawers open and close', async (t) => {
+  const page = await openPage(t, {
+    context: { viewport: { width: 360, height: 740 }, colorScheme: 'dark', isMobile: true, hasTouch: true },
+  });
+  await ask(page, `Repeat: ${'longword'.repeat(30)}`);
+  await waitForStatus(page, 'done');
+  const fits = () => page.evaluate(() => document.documentElement.scrollWidth <= window.innerWidth);
+  assert.ok(await fits());
+  const shot = await page.screenshot();
+  assert.ok(shot.length > 10_000, 'something is drawn');
+  const [background] = await page.evaluate(() => [getComputedStyle(document.body).backgroundColor]);
+  assert.equal(background, 'rgb(15, 20, 22)');
+  await page.tap('#open-sidebar');
+  await page.waitForSelector('.list-item', { state: 'visible' });
+  await page.keyboard.press('Escape');
+  await page.waitForSelector('.list-item', { state: 'hidden' });
+  await page.tap('#toggle-pipeline');
+  await page.waitForSelector('#nodes .card', { state: 'visible' });
+  assert.ok(await fits());
+  await page.tap('#close-pipeline');
+  await page.waitForSelector('#nodes', { state: 'hidden' });
+});
+
+test('another name: checked, remembered, with its own conversations', async (t) => {
+  const page = await openPage(t);
+  await ask(page, 'What is 6 * 7?');
+  await waitForStatus(page, 'done');
+  await page.click('#user');
+  for (const [name, fault] of [
+    ['77', /reserved/],
+    ['no spaces', /Letters/],
+  ] as const) {
+    await page.fill('#user-input', name);
+    await page.keyboard.press('Enter');
+    assert.match((await page.textContent('#user-error')) ?? '', fault);
+  }
+  await page.fill('#user-input', 'someone.else');
+  await page.keyboard.press('Enter');
+  await page.waitForSelector('#connection[data-state=ready]');
+  assert.equal(await page.textContent('#user-name'), 'someone.else');
+  assert.equal(await page.locator('.list-item').count(), 0);
+  assert.match(page.url(), /userId=someone\.else/);
+});
+
+test('where sign-in is asked for: a stranger is told, the live view is off, a token lets in', async (t) => {
+  const secret = 'a secret of thirty-two characters!';
+  const gateway = await stack.addGateway({ node: 'signed', env: { AUTH: 'jwt', JWT_SECRET: secret } });
+  const page = await openPage(t, { gateway, connection: 'off', allow: /401/ });
+  await page.locator('#banner', { hasText: 'not signed in' }).waitFor();
+  await page.locator('#pipeline-note', { hasText: 'off for this user' }).waitFor();
+  const encode = (value: string) => Buffer.from(value).toString('base64url');
+  const unsigned = `${encode('{"alg":"HS256","typ":"JWT"}')}.${encode('{"sub":"ann","exp":4102444800}')}`;
+  const token = `${unsigned}.${createHmac('sha256', secret).update(unsigned).digest('base64url')}`;
+  await page.goto(`${gateway.http}/?userId=ann&token=${token}`);
+  await page.waitForSelector('#connection[data-state=ready]');
+  assert.equal(new URL(page.url()).search, '?userId=ann', 'the token leaves the address bar');
+});

@@ -1,0 +1,332 @@
+import assert from 'node:assert/strict';
+import { mkdtempSync, rmSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { after, before, test } from 'node:test';
+import { startRedisServer } from '../../infra/redis-server.ts';
+import { type Attempt, createGenerationStore, type GenerationStore } from '../../shared/generation-store.ts';
+import { createKeys } from '../../shared/keys.ts';
+import { createRedis, type RedisConnection } from '../../shared/redis.ts';
+import { createRequestQueue, type RequestQueue } from '../../shared/request-queue.ts';
+
+/** The log and the queue against a real Redis: what everything else stands on. */
+
+let redis: RedisConnection;
+let store: GenerationStore;
+let queue: RequestQueue;
+let stopServer: () => Promise<void>;
+const keys = createKeys('chat:');
+const LEASE_MS = 30_000;
+
+before(async () => {
+  const dir = mkdtempSync(join(tmpdir(), 'rivulet-contract-'));
+  const server = await startRedisServer({ dir });
+  redis = createRedis({ url: server.url, name: 'contract' });
+  await redis.connected();
+  store = createGenerationStore({ redis, keys, retentionMs: 60_000 });
+  queue = createRequestQueue({ redis, keys });
+  stopServer = async () => {
+    await redis.close();
+    await server.stop();
+    rmSync(dir, { recursive: true, force: true });
+  };
+});
+after(() => stopServer());
+
+let counter = 0;
+const nextUser = () => `user-${++counter}`;
+
+const admit = (user: string, messageId: string, conversationId?: string) =>
+  store.admit({
+    user,
+    messageId,
+    node: 'n1',
+    payload: { contents: 'hi', ...(conversationId ? { conversationId } : {}) },
+    userActiveLimit: 4,
+    quotaPerDay: 0,
+    queueLimit: 1_000,
+  });
+const begin = (user: string, messageId: string, worker = 'w1', entry = '1-1', maxTries = 5) =>
+  store.begin({ user, messageId, node: 'n1', entry, worker, maxTries, leaseMs: LEASE_MS });
+
+async function running(user: string, messageId: string, worker = 'w1', entry = '1-1'): Promise<Attempt> {
+  const begun = await begin(user, messageId, worker, entry);
+  assert.equal(begun.state, 'run');
+  assert.ok('attempt' in begun);
+  return { user, messageId, attempt: begun.attempt, worker, node: 'n1', entry };
+}
+
+async function append(attempt: Attempt, seq: number, text: string): Promise<Error | null | unknown> {
+  const [[error, id]] = (await redis.batch(store.appendCommands(attempt, seq, text))) as [
+    [Error | null, unknown],
+  ];
+  return error ?? id;
+}
+
+const ids = async (user: string, messageId: string) =>
+  (await store.readLog(user, messageId, '')).entries.map((entry) => entry.id);
+
+test('a record is made once and joined after that, on any node', async () => {
+  const user = nextUser();
+  assert.equal((await admit(user, 'm1')).state, 'created');
+  assert.deepEqual(await admit(user, 'm1'), { state: 'joined', status: 'queued', node: 'n1' });
+});
+
+test('a user has only so many open generations, and one a conversation; ended ones make room', async () => {
+  const user = nextUser();
+  assert.equal((await admit(user, 'a', 'talk')).state, 'created');
+  assert.deepEqual(await admit(user, 'b', 'talk'), { state: 'refused', code: 'conversation_busy' });
+  for (const id of ['c', 'd', 'e']) assert.equal((await admit(user, id)).state, 'created');
+  assert.deepEqual(await admit(user, 'f'), { state: 'refused', code: 'too_many_active' });
+  await store.cancel(user, 'a');
+  assert.equal((await admit(user, 'f', 'talk')).state, 'created');
+  await redis.client.del(keys.generation(user, 'c')); // lost: holds no place
+  assert.equal((await admit(user, 'g')).state, 'created');
+});
+
+test('after begin of attempt 2, Redis refuses every append of attempt 1', async () => {
+  const user = nextUser();
+  await admit(user, 'm');
+  const first = await running(user, 'm', 'w1', '1-1');
+  assert.equal(await append(first, 1, 'one'), '1-1');
+  const second = await running(user, 'm', 'w2', '1-1');
+  assert.equal(second.attempt, 2);
+  assert.match(String(await append(first, 2, 'zombie')), /equal or smaller/);
+  assert.deepEqual(
+    await store.finish(first, null, 2, { type: 'done', finishReason: 'stop', length: 3 }, false),
+    {
+      state: 'fenced',
+    },
+  );
+  assert.equal(await store.release(first, true), false);
+  assert.equal((await store.restore(first, ['one', 'zombie'])).state, 'fenced');
+  assert.equal(await append(second, 1, 'two'), '2-1');
+  assert.deepEqual(await ids(user, 'm'), ['1-0', '1-1', '2-0', '2-1']);
+});
+
+test('a log that is gone refuses its zombies too', async () => {
+  const user = nextUser();
+  await admit(user, 'm');
+  const attempt = await running(user, 'm');
+  await redis.client.del(keys.log(user, 'm'));
+  assert.equal(await append(attempt, 1, 'x'), null);
+  assert.equal(await redis.client.exists(keys.log(user, 'm')), 0);
+});
+
+test('a second entry of a request that a live worker runs is a duplicate; a silent one is replaced', async () => {
+  const user = nextUser();
+  await admit(user, 'm');
+  await running(user, 'm', 'w1', '1-1');
+  assert.equal((await begin(user, 'm', 'w2', '2-2')).state, 'duplicate');
+  await redis.client.hset(keys.generation(user, 'm'), 'beat', Date.now() - LEASE_MS - 1_000);
+  assert.equal((await begin(user, 'm', 'w2', '2-2')).state, 'run');
+});
+
+test('finish is exact: last text, terminal frame, record; and safe to repeat', async () => {
+  const user = nextUser();
+  await admit(user, 'm');
+  const attempt = await running(user, 'm');
+  await append(attempt, 1, 'Hello');
+  const finish = () =>
+    store.finish(
+      attempt,
+      { seq: 2, text: ' you' },
+      3,
+      { type: 'done', finishReason: 'stop', length: 9 },
+      false,
+    );
+  assert.deepEqual(await finish(), { state: 'ended', routes: ['n1'], acknowledged: false });
+  assert.deepEqual(await finish(), { state: 'ended', routes: ['n1'], acknowledged: false });
+  assert.deepEqual(await ids(user, 'm'), ['1-0', '1-1', '1-2', '1-3']);
+  assert.equal((await begin(user, 'm')).state, 'terminal');
+  assert.ok((await redis.client.pttl(keys.log(user, 'm'))) > 0);
+  assert.ok((await redis.client.pttl(keys.generation(user, 'm'))) > 0);
+});
+
+test('finish does not close a log that lacks frames; restore puts them back under the same ids', async () => {
+  const user = nextUser();
+  await admit(user, 'm');
+  const attempt = await running(user, 'm');
+  await append(attempt, 1, 'a');
+  const texts = ['a', 'b', 'c']; // 2 and 3 were lost by a failover
+  assert.deepEqual(
+    await store.finish(attempt, null, 4, { type: 'done', finishReason: 'stop', length: 3 }, false),
+    {
+      state: 'behind',
+      top: '1-1',
+    },
+  );
+  assert.equal((await store.restore(attempt, texts)).state, 'restored');
+  assert.equal((await store.restore(attempt, texts)).state, 'restored', 'safe to repeat');
+  assert.deepEqual(await ids(user, 'm'), ['1-0', '1-1', '1-2', '1-3']);
+  await redis.client.del(keys.log(user, 'm')); // all of it lost
+  assert.equal((await store.restore(attempt, texts)).state, 'restored');
+  assert.deepEqual(await ids(user, 'm'), ['1-0', '1-1', '1-2', '1-3']);
+  assert.equal(
+    (await store.finish(attempt, null, 4, { type: 'done', finishReason: 'stop', length: 3 }, false)).state,
+    'ended',
+  );
+});
+
+test('cancel ends it at once, keeps the text, counts UTF-16 units, and fences the worker', async () => {
+  const user = nextUser();
+  await admit(user, 'm');
+  const attempt = await running(user, 'm');
+  await append(attempt, 1, 'né €');
+  await append(attempt, 2, ' 𝒳😀');
+  const cancelled = await store.cancel(user, 'm');
+  assert.ok(cancelled.state === 'cancelled');
+  assert.equal(cancelled.id, '2-0');
+  assert.equal(cancelled.before, '1-2');
+  assert.deepEqual(JSON.parse(cancelled.frame), {
+    type: 'done',
+    messageId: 'm',
+    id: '2-0',
+    finishReason: 'cancelled',
+    length: 'né € 𝒳😀'.length,
+  });
+  assert.match(String(await append(attempt, 3, 'late')), /equal or smaller/);
+  assert.deepEqual(await store.cancel(user, 'm'), { state: 'ended', status: 'cancelled' });
+  assert.deepEqual(await store.cancel(user, 'never'), { state: 'unknown' });
+});
+
+test('resume reads what comes after an id; an id that is not in the log replays from the last start', async () => {
+  const user = nextUser();
+  await admit(user, 'm');
+  const first = await running(user, 'm', 'w1');
+  await append(first, 1, 'x');
+  const second = await running(user, 'm', 'w2');
+  await append(second, 1, 'y');
+  const after = async (id: string) => {
+    const attached = await store.attach(user, 'm', 'n2', id);
+    assert.ok(attached.state === 'attached');
+    return [attached.recovered, attached.entries.map((entry) => entry.id)];
+  };
+  assert.deepEqual(await after(''), [true, ['1-0', '1-1', '2-0', '2-1']]);
+  assert.deepEqual(await after('1-1'), [true, ['2-0', '2-1']]);
+  assert.deepEqual(await after('2-1'), [true, []]);
+  assert.deepEqual(await after('1-7'), [false, ['2-0', '2-1']]);
+  assert.equal(await redis.client.hget(keys.generation(user, 'm'), 'routes'), 'n1,n2');
+  await store.unroute(user, 'm', 'n1');
+  assert.equal(await redis.client.hget(keys.generation(user, 'm'), 'routes'), 'n2');
+  assert.equal((await store.attach(user, 'other', 'n1', '')).state, 'unknown');
+});
+
+test('a compacted generation replays as start, one token, terminal', async () => {
+  const user = nextUser();
+  await admit(user, 'm');
+  const attempt = await running(user, 'm');
+  for (const [index, text] of ['a "quoted"', ' \n', 'é'].entries()) await append(attempt, index + 1, text);
+  assert.equal(await store.compact(user, 'm'), false, 'not while it runs');
+  await store.finish(attempt, null, 4, { type: 'done', finishReason: 'stop', length: 13 }, false);
+  assert.equal(await store.compact(user, 'm'), true);
+  assert.equal(await store.compact(user, 'm'), false);
+  assert.equal(await redis.client.exists(keys.log(user, 'm')), 0);
+  const attached = await store.attach(user, 'm', 'n1', '1-2');
+  assert.ok(attached.state === 'attached' && attached.compacted && !attached.recovered);
+  assert.deepEqual(
+    attached.entries.map((entry) => JSON.parse(entry.frame)),
+    [
+      { type: 'start', messageId: 'm', id: '1-0', attempt: 1 },
+      { type: 'token', messageId: 'm', id: '1-3', text: 'a "quoted" \né' },
+      { type: 'done', messageId: 'm', id: '1-4', finishReason: 'stop', length: 13 },
+    ],
+  );
+  assert.match(String(await append(attempt, 5, 'zombie')), /null/);
+  const bytes = Number(await redis.client.memory('USAGE', keys.generation(user, 'm')));
+  assert.ok(bytes < 1_500, `${bytes} bytes`);
+});
+
+test('tries run out by begin, also when every worker dies', async () => {
+  const user = nextUser();
+  await admit(user, 'm');
+  for (let attempt = 1; attempt <= 2; attempt++)
+    assert.equal((await begin(user, 'm', `w${attempt}`, '1-1', 2)).state, 'run');
+  const third = await begin(user, 'm', 'w3', '1-1', 2);
+  assert.equal(third.state, 'exhausted');
+});
+
+test('the queue: bounded, counted exactly, acknowledged only by its holder', async () => {
+  const node = 'q1';
+  await queue.ensureGroup(node);
+  for (let index = 0; index < 3; index++)
+    assert.deepEqual(await queue.enqueue(node, 'u', `m${index}`, 3), { position: index, full: false });
+  assert.deepEqual(await queue.enqueue(node, 'u', 'm3', 3), { position: 3, full: true });
+  assert.equal(await queue.find(node, 'u', 'm2'), 2);
+  assert.equal(await queue.find(node, 'u', 'm9'), -1);
+  const read = async (worker: string) => {
+    const reply = (await redis.client.call(
+      'xreadgroup',
+      'GROUP',
+      'workers',
+      worker,
+      'COUNT',
+      '1',
+      'STREAMS',
+      keys.requests(node),
+      '>',
+    )) as [string, [string, string[]][]][];
+    const [entry, fields] = reply[0]![1][0]!;
+    return { node, entry, user: fields[1]!, messageId: fields[3]!, trace: '', deliveries: 1 };
+  };
+  const request = await read('w1');
+  assert.equal(await queue.ack(request, 'w2'), false, 'not its own');
+  assert.deepEqual(await queue.extend(node, 'w2', [request.entry]), [request.entry]);
+  assert.deepEqual(await queue.extend(node, 'w1', [request.entry]), []);
+  assert.equal(await queue.removeQueued(node, 'u', 'm0'), false, 'held by a worker');
+  assert.equal(await queue.removeQueued(node, 'u', 'm1'), true);
+  assert.equal(await queue.ack(request, 'w1'), true);
+  assert.equal(await redis.client.xlen(keys.requests(node)), 1);
+  const later = await read('w1');
+  assert.equal(await queue.retryLater(later, 'w1', 0), true);
+  await queue.retryLater(later, 'w1', 0); // again: nothing is doubled
+  assert.equal(await queue.countOpen([node]), 1);
+  assert.equal((await queue.promoteDue(node, 10)).moved, 1);
+  assert.deepEqual([...(await queue.positions(node, 10)).keys()], ['u m2']);
+});
+
+test('a consumer is removed only when it holds nothing', async () => {
+  const node = 'q2';
+  await queue.ensureGroup(node);
+  await queue.enqueue(node, 'u', 'm', 10);
+  const read = (worker: string) =>
+    redis.client.call(
+      'xreadgroup',
+      'GROUP',
+      'workers',
+      worker,
+      'COUNT',
+      '1',
+      'STREAMS',
+      keys.requests(node),
+      '>',
+    );
+  const [[, [[entry]]]] = (await read('busy')) as [[string, [[string]]]];
+  await redis.client.xgroup('CREATECONSUMER', keys.requests(node), 'workers', 'idle');
+  assert.equal(await queue.removeConsumer(node, 'busy'), false);
+  assert.equal(await queue.removeConsumer(node, 'idle'), true);
+  assert.deepEqual(
+    (await queue.claimStalled(node, 'other', { leaseMs: 0, most: 10, suspectAfter: 3, suspects: 1 })).map(
+      (request) => request.entry,
+    ),
+    [entry],
+  );
+});
+
+test('a log with a hole, as a failover can leave it, is written anew with the same ids', async () => {
+  const user = nextUser();
+  await admit(user, 'm');
+  const attempt = await running(user, 'm');
+  for (const [seq, text] of [
+    [1, 'a'],
+    [2, 'b'],
+    [4, 'd'],
+  ] as const)
+    await append(attempt, seq, text);
+  assert.equal((await store.restore(attempt, ['a', 'b', 'c', 'd'])).state, 'restored');
+  const { entries } = await store.readLog(user, 'm', '');
+  assert.deepEqual(
+    entries.map(({ id }) => id),
+    ['1-0', '1-1', '1-2', '1-3', '1-4'],
+  );
+});

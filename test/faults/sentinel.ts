@@ -1,0 +1,125 @@
+import { type ChildProcess, spawn } from 'node:child_process';
+import { mkdirSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { Redis } from 'ioredis';
+import { endWithThisProcess } from '../../infra/child-guard.ts';
+import { tryPort } from '../../infra/ports.ts';
+import { type RedisServer, startRedisServer } from '../../infra/redis-server.ts';
+import { until } from './stage.ts';
+
+/** A master, a replica and three sentinels, real ones, on loopback. */
+export interface SentinelSet {
+  /** redis+sentinel://… */
+  readonly url: string;
+  readonly servers: [RedisServer, RedisServer];
+  /** Index of the server that the sentinels call the master now. */
+  master(): Promise<0 | 1>;
+  /** How many bytes the replica is behind, or null when it is not connected. */
+  lag(): Promise<number | null>;
+  waitForReplica(): Promise<void>;
+  stop(): Promise<void>;
+}
+
+const NAME = 'chatmaster';
+
+export async function startSentinelSet(downAfterMs = 1_000): Promise<SentinelSet> {
+  const dir = mkdtempSync(join(tmpdir(), 'rivulet-sentinel-'));
+  const common = ['--repl-diskless-sync-delay', '0', '--min-replicas-to-write', '0'];
+  const first = await startRedisServer({ dir: join(dir, 'a'), args: common });
+  const second = await startRedisServer({
+    dir: join(dir, 'b'),
+    args: [...common, '--replicaof', `127.0.0.1 ${first.port}`],
+  });
+  const servers: [RedisServer, RedisServer] = [first, second];
+  const children: { child: ChildProcess; release: () => void; port: number }[] = [];
+  for (let index = 0; index < 3; index++) {
+    const port = await tryPort('127.0.0.1', 0);
+    const own = join(dir, `s${index}`);
+    mkdirSync(own);
+    const file = join(own, 'sentinel.conf');
+    writeFileSync(
+      file,
+      [
+        `port ${port}`,
+        'bind 127.0.0.1',
+        `dir ${own}`,
+        `sentinel monitor ${NAME} 127.0.0.1 ${first.port} 2`,
+        `sentinel down-after-milliseconds ${NAME} ${downAfterMs}`,
+        `sentinel failover-timeout ${NAME} 6000`,
+        `sentinel parallel-syncs ${NAME} 1`,
+        '',
+      ].join('\n'),
+    );
+    const child = spawn(process.env.REDIS_SERVER ?? 'redis-server', [file, '--sentinel'], {
+      stdio: 'ignore',
+      detached: true,
+    });
+    children.push({ child, release: endWithThisProcess(child.pid!), port });
+  }
+  const asks = children.map(
+    ({ port }) => new Redis({ port, host: '127.0.0.1', maxRetriesPerRequest: 2, retryStrategy: () => 100 }),
+  );
+  for (const ask of asks) ask.on('error', () => {});
+
+  const set: SentinelSet = {
+    url: `redis+sentinel://${children.map(({ port }) => `127.0.0.1:${port}`).join(',')}/${NAME}`,
+    servers,
+    async master() {
+      const [, port] = (await asks[0]!.call('sentinel', 'get-master-addr-by-name', NAME)) as [string, string];
+      return Number(port) === servers[0].port ? 0 : 1;
+    },
+    async lag() {
+      const client = new Redis(servers[await set.master()].port, { maxRetriesPerRequest: 1 });
+      client.on('error', () => {});
+      try {
+        const info = await client.info('replication');
+        const offset = Number(/master_repl_offset:(\d+)/.exec(info)?.[1]);
+        const replica = /slave0:.*state=online,offset=(\d+)/.exec(info)?.[1];
+        return replica === undefined ? null : offset - Number(replica);
+      } finally {
+        client.disconnect();
+      }
+    },
+    async waitForReplica() {
+      await until('the replica is in step', 20_000, async () => {
+        const lag = await set.lag().catch(() => null);
+        return lag !== null && lag < 1_000_000;
+      });
+      // The sentinels must know the replica and each other before a failover can work.
+      for (const ask of asks)
+        await until('the sentinels know each other', 20_000, async () => {
+          const facts = (await ask.call('sentinel', 'master', NAME)) as string[];
+          const read = (field: string) => facts[facts.indexOf(field) + 1];
+          return (
+            read('num-other-sentinels') === '2' &&
+            Number(read('num-slaves')) >= 1 &&
+            read('flags') === 'master'
+          );
+        });
+    },
+    async stop() {
+      for (const ask of asks) ask.disconnect();
+      for (const { child, release } of children) {
+        const ended = new Promise((resolve) => child.once('exit', resolve));
+        if (child.exitCode === null && child.signalCode === null) {
+          child.kill('SIGKILL');
+          await ended;
+        }
+        release();
+      }
+      for (const server of servers) {
+        await server.kill('SIGCONT').catch(() => {});
+        await server.kill('SIGKILL').catch(() => {});
+      }
+      rmSync(dir, { recursive: true, force: true });
+    },
+  };
+  try {
+    await set.waitForReplica();
+  } catch (error) {
+    await set.stop();
+    throw error;
+  }
+  return set;
+}

@@ -1,0 +1,140 @@
+import assert from 'node:assert/strict';
+import { test } from 'node:test';
+import { eventually } from '../helpers/eventually.ts';
+import { spawnProcess, startStack } from '../helpers/stack.ts';
+
+/** Full queues, waiting clients, and processes that leave in order. */
+
+const slow = { tokens: 400, intervalMs: 20 };
+
+test('a full queue is answered with position and retry time, and keeps nothing', async (t) => {
+  const stack = await startStack(t, { workers: 0, gatewayEnv: { QUEUE_LIMIT: '2', USER_ACTIVE_LIMIT: '2' } });
+  const client = await stack.client(20001);
+  for (const [index, id] of ['q1', 'q2'].entries()) {
+    client.send({ type: 'chat', messageId: id, contents: 'x', parameters: { tokens: 3, intervalMs: 0 } });
+    assert.equal((await client.next('accepted', id)).position, index);
+  }
+  client.send({ type: 'chat', messageId: 'q3', contents: 'x' });
+  assert.equal((await client.next('rejected', 'q3')).code, 'too_many_active');
+  const other = await stack.client(20002);
+  other.send({ type: 'chat', messageId: 'q4', contents: 'x' });
+  const rejected = await other.next('rejected', 'q4');
+  assert.deepEqual([rejected.code, rejected.temporary, rejected.position], ['queue_full', true, 2]);
+  assert.ok(rejected.retryAfterMs! > 0);
+  assert.equal(await stack.look.client.exists(stack.keys.generation('20002', 'q4')), 0);
+  other.send({ type: 'resume', messageId: 'q4' });
+  assert.equal((await other.next('rejected', 'q4')).code, 'unknown_message');
+
+  // Cancelling a queued request ends it and frees its place at once, without any worker.
+  client.send({ type: 'cancel', messageId: 'q1' });
+  const cancelled = await client.answer('q1');
+  assert.deepEqual([cancelled.end.id, cancelled.text], ['1-0', '']);
+  await eventually(
+    'a free place',
+    async () => (await stack.look.client.xlen(stack.keys.requests('n1'))) === 1,
+  );
+  assert.equal((await client.next('queued', 'q2')).position, 0);
+  other.send({ type: 'chat', messageId: 'q4', contents: 'x', parameters: { tokens: 3, intervalMs: 0 } });
+  assert.equal((await other.next('accepted', 'q4')).position, 1);
+  await stack.addWorker();
+  assert.equal((await client.answer('q2')).end.type, 'done');
+  assert.equal((await other.answer('q4')).end.type, 'done');
+});
+
+test('a gateway that drains refuses new chats, closes 4000, leaves; its answers go on', async (t) => {
+  const stack = await startStack(t, { gateways: 2, workers: 1 });
+  const client = await stack.client(20001);
+  client.send({
+    type: 'chat',
+    messageId: 'g1',
+    contents: 'x',
+    parameters: { tokens: 100, intervalMs: 20, seed: 3 },
+  });
+  await client.next('token', 'g1');
+  const [first, second] = stack.gateways;
+  first!.child.kill('SIGTERM');
+  assert.equal((await client.closed).code, 4000);
+  assert.equal(await first!.exited, 0);
+  const again = await stack.client(20001, second);
+  again.send({ type: 'resume', messageId: 'g1' });
+  const answer = await again.answer('g1');
+  assert.equal(answer.text.split(' ').length, 100);
+  // Its id is free at once.
+  const back = await stack.addGateway({ node: 'n1' });
+  assert.equal((await fetch(`${back.http}/readyz`)).status, 200);
+});
+
+test('a worker that drains finishes what it runs', async (t) => {
+  const stack = await startStack(t, { workers: 1 });
+  const client = await stack.client(20001);
+  client.send({ type: 'chat', messageId: 'w1', contents: 'x', parameters: { tokens: 60, intervalMs: 20 } });
+  await client.next('token', 'w1');
+  stack.workers[0]!.child.kill('SIGTERM');
+  const answer = await client.answer('w1');
+  assert.equal(answer.starts, 1);
+  assert.equal(await stack.workers[0]!.exited, 0);
+  const consumers = (await stack.look.client.xinfo(
+    'CONSUMERS',
+    stack.keys.requests('n1'),
+    'workers',
+  )) as unknown[];
+  assert.equal(consumers.length, 0);
+});
+
+test('a worker whose drain time is up hands its requests back; the try does not count', async (t) => {
+  const stack = await startStack(t, { workers: 1, workerEnv: { DRAIN_MS: '200', MAX_ATTEMPTS: '1' } });
+  const client = await stack.client(20001);
+  client.send({ type: 'chat', messageId: 'h1', contents: 'x', parameters: { tokens: 150, intervalMs: 20 } });
+  await client.next('token', 'h1');
+  stack.workers[0]!.child.kill('SIGTERM');
+  assert.equal(await stack.workers[0]!.exited, 0);
+  await stack.addWorker();
+  const answer = await client.answer('h1');
+  assert.equal(answer.end.type, 'done');
+  assert.equal(answer.starts, 2);
+});
+
+test('serverless mode: a worker leaves with 0 after nothing to do', async (t) => {
+  const stack = await startStack(t, { workers: 0 });
+  const client = await stack.client(20001);
+  client.send({
+    type: 'chat',
+    messageId: 's1',
+    contents: 'x',
+    parameters: { tokens: 5, intervalMs: 1, failAttempts: 1 },
+  });
+  await client.next('accepted', 's1');
+  const worker = await stack.addWorker({ EXIT_WHEN_IDLE_MS: '500', RETRY_BASE_MS: '1500' });
+  assert.equal((await client.answer('s1')).end.type, 'done');
+  assert.equal(await worker.exited, 0);
+});
+
+test('a second signal leaves at once with 1', async (t) => {
+  const stack = await startStack(t, { workers: 1 });
+  const client = await stack.client(20001);
+  client.send({ type: 'chat', messageId: 'z1', contents: 'x', parameters: slow });
+  await client.next('token', 'z1');
+  const worker = stack.workers[0]!;
+  worker.child.kill('SIGTERM');
+  await worker.logged((line) => line.msg === 'stopping');
+  worker.child.kill('SIGTERM');
+  assert.equal(await worker.exited, 1);
+});
+
+test('a wrong setting stops the start with its name', async () => {
+  const cases: [string, Record<string, string>, RegExp][] = [
+    ['gateway/main.ts', {}, /NODE_ID is required/],
+    ['gateway/main.ts', { NODE_ID: 'n1', QUEUE_LIMIT: 'many' }, /QUEUE_LIMIT must be a whole number/],
+    ['worker/main.ts', { LEASE_MS: '-1' }, /LEASE_MS/],
+    ['worker/main.ts', { HANDLER: './nowhere.ts' }, /HANDLER/],
+    ['worker/main.ts', { HANDLER: 'openai' }, /OPENAI_BASE_URL/],
+  ];
+  for (const [script, env, message] of cases) {
+    const started = spawnProcess(script, env);
+    assert.equal(await started.exited, 2, script);
+    assert.match(started.logs.map((line) => line.msg).join('\n'), message);
+  }
+  const unreachable = spawnProcess('worker/main.ts', { REDIS_URL: 'redis://127.0.0.1:1' });
+  await unreachable.logged((line) => /Redis at redis:\/\/127.0.0.1:1 does not answer/.test(line.msg ?? ''));
+  assert.equal(await unreachable.exited, 1);
+});

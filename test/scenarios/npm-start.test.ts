@@ -1,0 +1,160 @@
+import assert from 'node:assert/strict';
+import { spawn } from 'node:child_process';
+import { existsSync } from 'node:fs';
+import { mkdtemp, rm } from 'node:fs/promises';
+import { createServer } from 'node:net';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { type TestContext, test } from 'node:test';
+import { setTimeout as delay } from 'node:timers/promises';
+import { readCommand, tryPort } from '../../infra/ports.ts';
+import { readRunState } from '../../infra/run-state.ts';
+
+/** The real `npm start`, with its data in a temporary folder and on free ports. */
+function npmStart(t: TestContext, env: Record<string, string>) {
+  const { REDIS_URL: _, ...inherited } = process.env;
+  // A process group of its own: a signal to the group is what a terminal does on Ctrl-C.
+  const child = spawn('npm', ['start'], { env: { ...inherited, ...env }, detached: true });
+  let output = '';
+  for (const stream of [child.stdout, child.stderr]) {
+    stream.on('data', (chunk) => {
+      output += chunk;
+    });
+  }
+  const ended = new Promise<number | string>((resolve) =>
+    child.on('close', (code, signal) => resolve(code ?? signal!)),
+  );
+  const signalGroup = (signal: NodeJS.Signals) => {
+    try {
+      process.kill(-child.pid!, signal);
+    } catch {
+      // Nobody is left in it.
+    }
+  };
+  t.after(async () => {
+    signalGroup('SIGKILL');
+    await ended;
+  });
+  return {
+    pid: child.pid!,
+    ended,
+    signalGroup,
+    output: () => output,
+    async says(pattern: RegExp): Promise<RegExpExecArray> {
+      for (let waited = 0; waited < 40_000; waited += 50) {
+        const match = pattern.exec(output);
+        if (match) return match;
+        await delay(50);
+      }
+      throw new Error(`npm start did not say ${pattern}. It said:\n${output}`);
+    },
+  };
+}
+
+async function tempFolder(t: TestContext): Promise<string> {
+  const folder = await mkdtemp(join(tmpdir(), 'rivulet-start-'));
+  t.after(async () => {
+    // The hooks run in the order of their making: the stack of a failed test may still be writing.
+    await rm(folder, { recursive: true, force: true, maxRetries: 20, retryDelay: 200 });
+  });
+  return folder;
+}
+
+/** A free port whose next one is free too. */
+async function freePair(): Promise<number> {
+  for (;;) {
+    const port = await tryPort('127.0.0.1', 0);
+    if (port < 65_535 && (await tryPort('127.0.0.1', port + 1).catch(() => null))) return port;
+  }
+}
+
+async function untilGone(pids: number[]): Promise<void> {
+  for (let waited = 0; pids.some((pid) => readCommand(pid)); waited += 50) {
+    assert.ok(waited < 20_000, `still running: ${pids.filter((pid) => readCommand(pid)).join(', ')}`);
+    await delay(50);
+  }
+}
+
+const readPids = (line: string) => [...line.matchAll(/\w+ (\d+)(?:,| )/g)].map(([, pid]) => Number(pid));
+
+test('npm start: an address that answers, calm refusals of a second one, and a Ctrl-C that leaves nothing', async (t) => {
+  const folder = await tempFolder(t);
+  const port = await freePair();
+  const first = npmStart(t, { RIVULET_DIR: folder, PORT: String(port) });
+  const [, page] = await first.says(/Page +(http:\S+)/);
+  assert.equal(page, `http://127.0.0.1:${port}`);
+  const [line] = await first.says(/Processes.*\n/);
+  const pids = readPids(line);
+  assert.equal(pids.length, 6, line); // n1, n2, two workers, autoscaler, redis
+  for (const offset of [0, 1])
+    assert.equal((await fetch(`http://127.0.0.1:${port + offset}/healthz`)).status, 200);
+  await first.says(/npm run chat -- --user 20001 "hello"/);
+  await first.says(/redis-cli -p \d+/);
+  assert.deepEqual(readRunState(folder)?.gateways, [
+    { node: 'n1', url: `http://127.0.0.1:${port}` },
+    { node: 'n2', url: `http://127.0.0.1:${port + 1}` },
+  ]);
+
+  const samePort = npmStart(t, { RIVULET_DIR: folder, PORT: String(port) });
+  assert.notEqual(await samePort.ended, 0);
+  assert.match(samePort.output(), new RegExp(`Port ${port} is taken: Rivulet already runs from this folder`));
+  const sameFolder = npmStart(t, { RIVULET_DIR: folder, PORT: String(await freePair()) });
+  assert.notEqual(await sameFolder.ended, 0);
+  assert.match(sameFolder.output(), /already runs from this folder \(process \d+\).*RIVULET_DIR=.*PORT=/);
+
+  process.kill(pids[3]!, 'SIGKILL');
+  await first.says(/workers warn: a worker ended; another starts/);
+
+  first.signalGroup('SIGINT');
+  assert.ok([0, 130, 'SIGINT'].includes(await first.ended), first.output()); // npm's own way to leave
+  assert.match(first.output(), /Stopping, running answers first.*\n(.*\n)*Stopped\.\n$/);
+  assert.doesNotMatch(first.output(), /Killed|did not leave/);
+  await untilGone(pids);
+  assert.ok(!existsSync(join(folder, 'run.json')) && !existsSync(join(folder, 'start.pid')));
+  assert.ok(existsSync(join(folder, 'redis', 'appendonlydir'))); // the data stays for the next run
+  await tryPort('127.0.0.1', port);
+});
+
+test('npm start: a port that another program has is named, with its owner and the way out', async (t) => {
+  const folder = await tempFolder(t);
+  const port = await freePair();
+  const other = createServer().listen(port + 1, '127.0.0.1');
+  t.after(() => other.close());
+  const started = npmStart(t, { RIVULET_DIR: folder, PORT: String(port) });
+  assert.notEqual(await started.ended, 0);
+  assert.match(
+    started.output(),
+    new RegExp(`Port ${port + 1} is taken by process ${process.pid} .*PORT=\\d+ npm start`),
+  );
+  assert.doesNotMatch(started.output(), /\n {4}at /);
+  assert.ok(!existsSync(join(folder, 'redis'))); // looked before it leapt
+});
+
+test('npm start: a wrong setting or folder is named', async (t) => {
+  const wrongPort = npmStart(t, { RIVULET_DIR: await tempFolder(t), PORT: 'eighty' });
+  assert.notEqual(await wrongPort.ended, 0);
+  assert.match(wrongPort.output(), /PORT must be a whole number/);
+  const noFolder = npmStart(t, { RIVULET_DIR: '/dev/null/rivulet' });
+  assert.notEqual(await noFolder.ended, 0);
+  assert.match(noFolder.output(), /\/dev\/null\/rivulet cannot be written \(ENOTDIR\)/);
+});
+
+test('npm start: a setting that a gateway refuses ends all, with its words', async (t) => {
+  const folder = await tempFolder(t);
+  const started = npmStart(t, {
+    RIVULET_DIR: folder,
+    PORT: String(await freePair()),
+    QUEUE_LIMIT: 'many',
+  });
+  assert.notEqual(await started.ended, 0);
+  assert.match(started.output(), /n[12] did not start: .*QUEUE_LIMIT must be a whole number/);
+  assert.ok(!existsSync(join(folder, 'start.pid')));
+});
+
+test('npm start: when npm is killed, what it started ends by itself', async (t) => {
+  const folder = await tempFolder(t);
+  const started = npmStart(t, { RIVULET_DIR: folder, PORT: String(await freePair()), DRAIN_MS: '1000' });
+  const pids = readPids((await started.says(/Processes.*\n/))[0]);
+  started.signalGroup('SIGKILL'); // npm, the bootstrap and infra/local.ts at once
+  await untilGone(pids);
+});

@@ -1,0 +1,26 @@
+import assert from 'node:assert/strict';
+import { test } from 'node:test';
+import { createClient } from '../../shared/client.ts';
+import { startSentinelSet } from '../faults/sentinel.ts';
+import { eventually } from '../helpers/eventually.ts';
+import { startStack } from '../helpers/stack.ts';
+
+test('Sentinel, by the URL alone: the master dies while answers stream', { timeout: 90_000 }, async (t) => {
+  const sentinels = await startSentinelSet();
+  t.after(() => sentinels.stop());
+  const stack = await startStack(t, { redisUrl: sentinels.url, env: { LEASE_MS: '5000' } });
+  const clients = Array.from({ length: 8 }, (_, index) =>
+    createClient({ url: stack.gateways[0]!.url, userId: 80_000 + index, reconnectBaseMs: 50 }),
+  );
+  t.after(() => Promise.all(clients.map((client) => client.close())));
+  const answers = clients.map((client, index) =>
+    client.chat('tell me', { parameters: { tokens: 250, intervalMs: 20, seed: index } }),
+  );
+  await eventually('text everywhere', () => answers.every((answer) => answer.text.length > 20));
+  const before = await sentinels.master();
+  await sentinels.servers[before].kill('SIGKILL');
+  const started = Date.now();
+  await eventually('failover', async () => (await sentinels.master()) !== before);
+  t.diagnostic(`the sentinels named the replica after ${Date.now() - started} ms`);
+  for (const answer of answers) assert.equal((await answer.done).text.split(' ').length, 250);
+});

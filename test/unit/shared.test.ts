@@ -1,0 +1,116 @@
+import assert from 'node:assert/strict';
+import { test } from 'node:test';
+import { readGatewayConfig } from '../../gateway/config.ts';
+import { backoffMs } from '../../shared/backoff.ts';
+import { createKeys } from '../../shared/keys.ts';
+import { isConnectionError, parseRedisUrl, redactUrl } from '../../shared/redis.ts';
+import { encodeAddress, publishCommands, type ReplyFrame } from '../../shared/reply-stream.ts';
+import { readWorkerConfig } from '../../worker/config.ts';
+
+test('what one script touches shares a hash tag', () => {
+  const keys = createKeys('chat:');
+  const tag = (key: string) => /\{([^}]+)\}/.exec(key)?.[1];
+  assert.equal(tag(keys.generation('u1', 'm1')), 'u1');
+  assert.equal(tag(keys.log('u1', 'm1')), 'u1');
+  assert.equal(tag(keys.active('u1')), 'u1');
+  assert.equal(tag(keys.requests('n1')), 'n1');
+  assert.equal(tag(keys.retries('n1')), 'n1');
+  assert.equal(tag(keys.dead('n1')), 'n1');
+  assert.equal(keys.requests('n1'), 'chat:req:{n1}');
+  assert.equal(keys.log('u1', 'm1'), 'chat:log:{u1}:m1');
+});
+
+test('backoff doubles, jitters in its upper half, and is bounded', () => {
+  assert.equal(
+    backoffMs(1, 100, 10_000, () => 1),
+    100,
+  );
+  assert.equal(
+    backoffMs(1, 100, 10_000, () => 0),
+    50,
+  );
+  assert.equal(
+    backoffMs(4, 100, 10_000, () => 1),
+    800,
+  );
+  assert.equal(
+    backoffMs(60, 100, 10_000, () => 1),
+    10_000,
+  );
+});
+
+test('REDIS_URL chooses the engine', () => {
+  assert.deepEqual(parseRedisUrl('redis://127.0.0.1:6380/2'), {
+    kind: 'server',
+    options: { host: '127.0.0.1', port: 6380, db: 2 },
+    nodes: [],
+  });
+  const sentinel = parseRedisUrl('redis+sentinel://a:1,b/mymaster');
+  assert.equal(sentinel.kind, 'sentinel');
+  assert.deepEqual(sentinel.options.sentinels, [
+    { host: 'a', port: 1 },
+    { host: 'b', port: 26379 },
+  ]);
+  const cluster = parseRedisUrl('rediss+cluster://user:p%40ss@a:1,b:2');
+  assert.equal(cluster.kind, 'cluster');
+  assert.equal(cluster.options.password, 'p@ss');
+  assert.ok(cluster.options.tls);
+  assert.throws(() => parseRedisUrl('redis+sentinel://a:1'), /name of the master/);
+  assert.throws(() => parseRedisUrl('redis://a,b'), /several hosts/);
+  assert.equal(redactUrl('redis://u:secret@h:1'), 'redis://***@h:1');
+});
+
+test('errors that a repeat may cure are told apart', () => {
+  assert.ok(isConnectionError(new Error('READONLY You can not write against a read only replica.')));
+  assert.ok(isConnectionError(new Error('LOADING Redis is loading the dataset in memory')));
+  assert.ok(isConnectionError(new Error('Connection is closed.')));
+  assert.ok(!isConnectionError(new Error('ERR The ID specified in XADD is equal or smaller')));
+  assert.ok(!isConnectionError(new Error('NOGROUP No such key')));
+});
+
+test('reply entries carry several frames, in bounded pieces', () => {
+  const keys = createKeys('chat:');
+  const frame = (index: number): ReplyFrame => ({
+    user: 'u',
+    messageId: 'm',
+    before: index === 0 ? '' : `1-${index - 1}`,
+    id: `1-${index}`,
+    kind: 't',
+    frame: '{}',
+  });
+  assert.equal(encodeAddress(frame(0)), 'u m - 1-0 t');
+  const commands = publishCommands(
+    keys,
+    'n1',
+    Array.from({ length: 200 }, (_, index) => frame(index)),
+  );
+  const addresses = commands.flatMap((command) => command.slice(7).filter((_, index) => index % 2 === 0));
+  assert.equal(addresses.length, 200);
+  assert.equal(addresses[199], 'u m 1-198 1-199 t');
+  for (const command of commands) {
+    assert.deepEqual(command.slice(0, 3), ['xadd', 'chat:reply:{n1}', 'NOMKSTREAM']);
+    assert.ok(command.length <= 7 + 2 * 64);
+  }
+});
+
+test('settings: defaults, and mistakes named by variable', () => {
+  const gateway = readGatewayConfig({ NODE_ID: 'n1', API_KEYS: 'a, b', PORT: '' });
+  assert.equal(gateway.PORT, 8080);
+  assert.equal(gateway.QUEUE_LIMIT, 100);
+  assert.deepEqual(gateway.API_KEYS, ['a', 'b']);
+  const worker = readWorkerConfig({});
+  assert.equal(worker.WORKER_CONCURRENCY, 16);
+  assert.equal(worker.EXIT_WHEN_IDLE_MS, undefined);
+  const wrong: [() => unknown, RegExp][] = [
+    [() => readGatewayConfig({}), /NODE_ID is required/],
+    [() => readGatewayConfig({ NODE_ID: 'a b' }), /NODE_ID/],
+    [() => readGatewayConfig({ NODE_ID: 'n', PORT: 'http' }), /PORT must be a whole number/],
+    [() => readGatewayConfig({ NODE_ID: 'n', PORT: '70000' }), /PORT must be from 0 to 65535/],
+    [() => readGatewayConfig({ NODE_ID: 'n', AUTH: 'magic' }), /AUTH must be none or jwt/],
+    [() => readGatewayConfig({ NODE_ID: 'n', AUTH: 'jwt' }), /JWT_SECRET or JWKS_URL/],
+    [() => readGatewayConfig({ NODE_ID: 'n', REDIS_URL: 'http://x' }), /REDIS_URL must start with/],
+    [() => readWorkerConfig({ WORKER_CONCURRENCY: '0' }), /WORKER_CONCURRENCY must be from 1/],
+    [() => readWorkerConfig({ LOG_LEVEL: 'loud' }), /LOG_LEVEL must be one of/],
+  ];
+  for (const [read, message] of wrong) assert.throws(read, message);
+});

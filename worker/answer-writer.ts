@@ -1,0 +1,315 @@
+import { setTimeout as delay } from 'node:timers/promises';
+import type { Logger } from 'pino';
+import { backoffMs } from '../shared/backoff.ts';
+import { formatFrameId } from '../shared/frame-id.ts';
+import {
+  type Attempt,
+  encodeFrame,
+  encodeTerminal,
+  encodeToken,
+  type GenerationStore,
+  type Terminal,
+} from '../shared/generation-store.ts';
+import { isConnectionError } from '../shared/redis.ts';
+import type { FrameKind } from '../shared/reply-stream.ts';
+import type { Appender } from './appender.ts';
+
+/**
+ * Writes the answer of one attempt into its log. `push` never waits: text is kept, and appended at the end of the
+ * event-loop turn when nothing of this answer is in flight; else it coalesces until the append returns, or until
+ * `COALESCE_MS`.
+ *
+ * States: open → (an append failed) mending → open | fenced; open → ended. A refusal is read, not guessed: mending
+ * asks Redis who owns the log, appends again what it lacks, and only then says "fenced".
+ * Memory: the attempt's whole text, because a failover may take any of it from the log.
+ */
+
+const COALESCE_MS = 20; // upper bound that an append in flight may hold text back; about one token's pace
+const FRAME_UNITS = 16_384; // of one frame: what a slow client has at hand is whole frames
+const MOST_IN_FLIGHT = 8; // whole frames of one answer on their way
+const MEND_DEADLINE_MS = 120_000; // longer than a failover; then the lease decides
+
+export class AnswerWriter {
+  readonly attempt: Attempt;
+  /** Text of each token frame; frame `seq` is at `seq - 1`. */
+  private readonly texts: string[] = [];
+  /** Text that waits: whole frames, and what does not fill one yet. */
+  private whole: string[] = [];
+  private pending = '';
+  private inFlight = 0;
+  private publishedSeq = 0;
+  private scheduled = false;
+  private mending: Promise<void> | null = null;
+  private holdTimer: NodeJS.Timeout | undefined;
+  private waiters: (() => void)[] = [];
+  private units = 0;
+  private bytes = 0;
+  private ended = false;
+  fenced = false;
+  lastAppendMs = Date.now();
+
+  private readonly parts: {
+    store: GenerationStore;
+    appender: Appender;
+    logger: () => Logger;
+    /** Called once, when this attempt has been replaced or ended by somebody else. */
+    onFenced: () => void;
+    signal: AbortSignal;
+  };
+
+  constructor(attempt: Attempt, parts: AnswerWriter['parts']) {
+    this.attempt = attempt;
+    this.parts = parts;
+  }
+
+  /** The answer is complete, or was given up: nothing more is appended. */
+  get isEnded(): boolean {
+    return this.ended;
+  }
+
+  /** UTF-16 units of the text so far. */
+  get length(): number {
+    return this.units;
+  }
+
+  /** Whether the text so far has more than so many bytes. Counted only when it may: a UTF-16 unit takes three at most. */
+  exceeds(bytes: number): boolean {
+    if (this.bytes + this.pending.length * 3 <= bytes) return false;
+    return this.bytes + Buffer.byteLength(this.pending) > bytes;
+  }
+
+  /** Publishes the start frame that `begin` wrote. */
+  started(routes: string[], before: string): void {
+    const { messageId, attempt } = this.attempt;
+    const id = formatFrameId(attempt, 0);
+    this.publish(routes, before, id, 's', encodeFrame({ type: 'start', messageId, id, attempt }));
+  }
+
+  push(text: string): void {
+    if (text === '' || this.fenced || this.ended) return;
+    this.units += text.length;
+    this.pending += text;
+    if (this.pending.length > FRAME_UNITS) this.cut();
+    if (this.canTake()) this.schedule();
+    else this.holdTimer ??= setTimeout(() => this.schedule(), COALESCE_MS);
+  }
+
+  /** Moves what fills frames out of `pending`; never between the halves of a character. */
+  private cut(): void {
+    while (this.pending.length > FRAME_UNITS) {
+      const last = this.pending.charCodeAt(FRAME_UNITS - 1);
+      const end = last >= 0xd800 && last < 0xdc00 ? FRAME_UNITS - 1 : FRAME_UNITS;
+      const frame = this.pending.slice(0, end);
+      this.pending = this.pending.slice(end);
+      this.whole.push(frame);
+      this.bytes += Buffer.byteLength(frame);
+    }
+  }
+
+  private get hasText(): boolean {
+    return this.whole.length > 0 || this.pending !== '';
+  }
+
+  /** Whether there is text to append now: whole frames follow each other, less than that waits for the one before. */
+  private canTake(): boolean {
+    return this.whole.length > 0
+      ? this.inFlight < MOST_IN_FLIGHT
+      : this.pending !== '' && this.inFlight === 0;
+  }
+
+  private dropText(): void {
+    this.whole = [];
+    this.pending = '';
+  }
+
+  /**
+   * Ends the answer, and acknowledges its request if asked to. `fenced` when the attempt had been replaced, else
+   * whether the request still has to be acknowledged.
+   */
+  async finish(terminal: Terminal, acknowledge: boolean): Promise<'fenced' | 'acknowledged' | 'ended'> {
+    const { store, logger } = this.parts;
+    while (!this.fenced && this.whole.length > 0) {
+      if (this.canTake()) this.schedule();
+      await this.changed();
+    }
+    this.ended = true;
+    clearTimeout(this.holdTimer);
+    const deadline = Date.now() + MEND_DEADLINE_MS;
+    for (let round = 1; ; round++) {
+      while (!this.fenced && (this.inFlight > 0 || this.mending)) await this.changed();
+      if (this.fenced) return 'fenced';
+      const text = this.pending;
+      const last = text === '' ? null : { seq: this.texts.length + 1, text };
+      const seq = this.texts.length + (last ? 2 : 1);
+      try {
+        const finished = await store.finish(this.attempt, last, seq, terminal, acknowledge);
+        if (finished.state === 'fenced') {
+          this.setFenced();
+          return 'fenced';
+        }
+        if (finished.state === 'behind') {
+          await this.mend('the log lacks frames');
+          continue;
+        }
+        if (last) {
+          this.pending = '';
+          this.texts.push(text);
+        }
+        this.publishTexts(finished.routes);
+        const { messageId, attempt } = this.attempt;
+        const id = formatFrameId(attempt, seq);
+        const { type, ...rest } = terminal;
+        this.publish(
+          finished.routes,
+          formatFrameId(attempt, seq - 1),
+          id,
+          'e',
+          encodeTerminal(messageId, id, type, JSON.stringify(rest)),
+        );
+        return finished.acknowledged ? 'acknowledged' : 'ended';
+      } catch (error) {
+        // Safe to repeat: `finish` knows its own terminal frame.
+        if (!isConnectionError(error) || Date.now() > deadline) throw error;
+        logger().warn({ err: (error as Error).message }, 'redis is away; the end of this answer waits');
+        await delay(backoffMs(round, 50, 1_000));
+      }
+    }
+  }
+
+  /** Waits until everything pushed so far is in the log. False when fenced. */
+  async settled(): Promise<boolean> {
+    while (!this.fenced && (this.inFlight > 0 || this.mending || this.hasText)) {
+      if (this.inFlight === 0 && !this.mending) this.schedule();
+      await this.changed();
+    }
+    return !this.fenced;
+  }
+
+  /** Stops writing; nothing more is appended. */
+  abandon(): void {
+    this.ended = true;
+    this.dropText();
+    clearTimeout(this.holdTimer);
+  }
+
+  /** Compares the log with what was written, after a reconnect. */
+  check(): void {
+    if (!this.ended && !this.fenced) void this.mend('the connection was lost');
+  }
+
+  setFenced(): void {
+    if (this.fenced) return;
+    this.fenced = true;
+    this.dropText();
+    clearTimeout(this.holdTimer);
+    this.parts.onFenced();
+    this.notify();
+  }
+
+  // What the appender calls.
+
+  /** The next frame to append, or null. */
+  take(): { seq: number; text: string } | null {
+    this.scheduled = false;
+    if (!this.hasText || this.fenced || this.mending || this.ended) return null;
+    let text = this.whole.shift();
+    if (text === undefined) {
+      text = this.pending;
+      this.pending = '';
+      this.bytes += Buffer.byteLength(text);
+    }
+    this.texts.push(text);
+    this.inFlight++;
+    if (this.whole.length > 0 && this.canTake()) this.schedule();
+    return { seq: this.texts.length, text };
+  }
+
+  stored(seq: number, routes: string): void {
+    this.inFlight--;
+    this.lastAppendMs = Date.now();
+    if (!this.mending && !this.fenced) this.publishTexts(routes === '' ? [] : routes.split(','), seq);
+    if (this.canTake()) this.schedule();
+    this.notify();
+  }
+
+  refused(seq: number, error: Error | null): void {
+    this.inFlight--;
+    this.parts.logger().debug({ seq, err: error?.message }, 'append refused');
+    void this.mend(error?.message ?? 'the log is gone');
+    this.notify();
+  }
+
+  private schedule(): void {
+    clearTimeout(this.holdTimer);
+    this.holdTimer = undefined;
+    if (this.scheduled || this.mending || this.fenced || this.ended) return;
+    this.scheduled = true;
+    this.parts.appender.schedule(this);
+  }
+
+  /** Publishes stored frames that were not published yet, up to `upTo`. */
+  private publishTexts(routes: string[], upTo = this.texts.length): void {
+    const { messageId, attempt } = this.attempt;
+    for (let seq = this.publishedSeq + 1; seq <= upTo; seq++) {
+      const id = formatFrameId(attempt, seq);
+      this.publish(
+        routes,
+        formatFrameId(attempt, seq - 1),
+        id,
+        't',
+        encodeToken(messageId, id, this.texts[seq - 1]!),
+      );
+    }
+    this.publishedSeq = Math.max(this.publishedSeq, upTo);
+  }
+
+  private publish(routes: string[], before: string, id: string, kind: FrameKind, frame: string): void {
+    const { user, messageId } = this.attempt;
+    for (const node of routes)
+      this.parts.appender.publish(node, { user, messageId, before, id, kind, frame });
+  }
+
+  private mend(reason: string): Promise<void> {
+    this.mending ??= this.compareAndRestore(reason).finally(() => {
+      this.mending = null;
+      if (this.canTake()) this.schedule();
+      this.notify();
+    });
+    return this.mending;
+  }
+
+  private async compareAndRestore(reason: string): Promise<void> {
+    const { store, logger, signal } = this.parts;
+    while (this.inFlight > 0 && !this.fenced) await this.changed(); // their answers come first: rejected or not
+    const deadline = Date.now() + MEND_DEADLINE_MS;
+    for (let round = 1; !this.fenced; round++) {
+      try {
+        const restored = await store.restore(this.attempt, this.texts);
+        if (restored.state === 'restored') {
+          this.lastAppendMs = Date.now();
+          this.publishTexts(restored.routes);
+          logger().info({ reason, frames: this.texts.length }, 'log compared with what was written');
+          return;
+        }
+        logger().info({ reason, state: restored.state }, 'attempt lost');
+        this.setFenced();
+        return;
+      } catch (error) {
+        if (!isConnectionError(error) || Date.now() > deadline || signal.aborted) {
+          logger().error({ err: error }, 'the log cannot be compared; giving the attempt up');
+          this.setFenced();
+          return;
+        }
+        await delay(backoffMs(round, 50, 1_000));
+      }
+    }
+  }
+
+  private changed(): Promise<void> {
+    return new Promise((resolve) => this.waiters.push(resolve));
+  }
+
+  private notify(): void {
+    for (const resolve of this.waiters.splice(0)) resolve();
+  }
+}

@@ -1,0 +1,114 @@
+import type { GenerationStore } from '../shared/generation-store.ts';
+import type { Keys } from '../shared/keys.ts';
+import type { Command, RedisConnection } from '../shared/redis.ts';
+import { publishCommands, type ReplyFrame } from '../shared/reply-stream.ts';
+import type { AnswerWriter } from './answer-writer.ts';
+
+/**
+ * Carries the appends of every answer of this worker. All answers that have text in one event-loop turn share one
+ * round trip: for each `XADD log`, `HGET routes`. What the log took is then published, all frames for a node in
+ * one entry of its reply stream.
+ *
+ * Publishing waits for the log (unlike a blind pipeline of both): a worker that was replaced never shows a client
+ * a frame that the log refused, and frames go to the routes as they are, not as they were. It costs one round trip
+ * of latency, and saves a command per answer and turn.
+ */
+export interface Appender {
+  /** Has this writer's text appended at the end of this event-loop turn. */
+  schedule(writer: AnswerWriter): void;
+  /** Publishes frames at the end of this turn, in order. */
+  publish(node: string, frame: ReplyFrame): void;
+  /** Settles when nothing is on its way any more. */
+  flushed(): Promise<void>;
+  readonly tokens: number;
+}
+
+export function createAppender({
+  redis,
+  keys,
+  store,
+}: {
+  redis: RedisConnection;
+  keys: Keys;
+  store: GenerationStore;
+}): Appender {
+  let dirty: AnswerWriter[] = [];
+  let outgoing = new Map<string, ReplyFrame[]>();
+  let scheduled = false;
+  let underWay = 0;
+  let tokens = 0;
+  const idle: (() => void)[] = [];
+
+  function wake() {
+    if (scheduled) return;
+    scheduled = true;
+    setImmediate(turn);
+  }
+
+  function turn() {
+    scheduled = false;
+    const frames = outgoing;
+    const writers = dirty;
+    outgoing = new Map();
+    dirty = [];
+    const commands: Command[] = [];
+    const appended: { writer: AnswerWriter; seq: number }[] = [];
+    for (const writer of writers) {
+      const append = writer.take();
+      if (!append) continue;
+      appended.push({ writer, seq: append.seq });
+      commands.push(...store.appendCommands(writer.attempt, append.seq, append.text));
+    }
+    const appends = commands.length;
+    for (const [node, list] of frames) commands.push(...publishCommands(keys, node, list));
+    if (commands.length === 0) {
+      settle();
+      return;
+    }
+    underWay++;
+    const sent = redis.batch(commands);
+    redis.flush(); // this is the end of the turn
+    sent.then((replies) => {
+      underWay--;
+      for (let index = 0; index < appends; index += 2) {
+        const { writer, seq } = appended[index / 2]!;
+        const [error, id] = replies[index]!;
+        const [routesError, routes] = replies[index + 1]!;
+        if (error || routesError || id === null) writer.refused(seq, error ?? routesError);
+        else {
+          tokens++;
+          writer.stored(seq, (routes as string | null) ?? '');
+        }
+      }
+      // A lost publish is not repeated: gateways heal it from the log.
+      settle();
+    });
+  }
+
+  function settle() {
+    if (underWay > 0 || scheduled || dirty.length > 0 || outgoing.size > 0) return;
+    for (const resolve of idle.splice(0)) resolve();
+  }
+
+  return {
+    schedule(writer) {
+      dirty.push(writer);
+      wake();
+    },
+    publish(node, frame) {
+      const list = outgoing.get(node);
+      if (list) list.push(frame);
+      else outgoing.set(node, [frame]);
+      wake();
+    },
+    flushed() {
+      return new Promise((resolve) => {
+        idle.push(resolve);
+        wake();
+      });
+    },
+    get tokens() {
+      return tokens;
+    },
+  };
+}

@@ -1,0 +1,84 @@
+import { setTimeout as delay } from 'node:timers/promises';
+import type { Logger } from 'pino';
+import type { GenerationStore } from '../shared/generation-store.ts';
+import type { RedisConnection } from '../shared/redis.ts';
+import type { RequestQueue } from '../shared/request-queue.ts';
+import type { RunningRequest } from './run-request.ts';
+
+/**
+ * Keeps what runs here ours, and learns when it is not. Two loops over the running requests:
+ * every third of the lease the claims are extended, for entries that Redis still counts as ours; and every
+ * `WATCH_MS` the records of answers without a recent append are read, so that a cancel stops a model that has not
+ * said a word yet. The same loop ends what takes longer than GENERATION_TIMEOUT_MS, so that no answer needs a timer.
+ */
+
+const WATCH_MS = 1_000; // the design's bound for a cancel before the first token
+
+export function keepLeases(parts: {
+  worker: string;
+  leaseMs: number;
+  timeoutMs: number;
+  running: () => Iterable<RunningRequest>;
+  redis: RedisConnection;
+  queue: RequestQueue;
+  store: GenerationStore;
+  log: Logger;
+  signal: AbortSignal;
+}): Promise<void> {
+  const { worker, leaseMs, queue, store, redis, log, signal } = parts;
+
+  async function extend(): Promise<void> {
+    const byNode = new Map<string, RunningRequest[]>();
+    for (const running of parts.running()) {
+      const { node } = running.request;
+      byNode.set(node, [...(byNode.get(node) ?? []), running]);
+    }
+    const beats = [...parts.running()].filter((running) => running.writer && !running.writer.fenced);
+    await redis.batch(beats.map((running) => store.beatCommand(running.writer!.attempt)));
+    for (const [node, list] of byNode) {
+      const lost = new Set(
+        await queue.extend(
+          node,
+          worker,
+          list.map((running) => running.request.entry),
+        ),
+      );
+      for (const running of list) {
+        if (!lost.has(running.request.entry) || running.writer?.isEnded) continue; // acknowledged meanwhile
+        // The claim is gone (deleted stream, destroyed group, or claimed by another). The log decides who goes on.
+        log.warn({ entry: running.request.entry, node }, 'claim lost; comparing with the log');
+        running.writer?.check();
+      }
+    }
+  }
+
+  async function watch(): Promise<void> {
+    const now = Date.now();
+    for (const running of parts.running()) if (now - running.since > parts.timeoutMs) running.expire();
+    const quiet = [...parts.running()].filter(
+      (running) => running.writer && !running.writer.fenced && now - running.writer.lastAppendMs >= WATCH_MS,
+    );
+    if (quiet.length === 0) return;
+    const records = await store.inspect(quiet.map((running) => running.request));
+    records.forEach((record, index) => {
+      const running = quiet[index]!;
+      const ours =
+        record?.status === 'running' && record.attempt === running.attempt && record.owner === worker;
+      if (ours || running.writer!.fenced) return;
+      if (record === null || record.attempt < running.attempt) running.writer!.check();
+      else running.lose();
+    });
+  }
+
+  async function every(ms: number, step: () => Promise<void>, name: string): Promise<void> {
+    while (!signal.aborted) {
+      await delay(ms, undefined, { signal }).catch(() => {});
+      if (signal.aborted) return;
+      await step().catch((error: Error) =>
+        log.warn({ err: error.message, step: name }, 'lease step failed; again soon'),
+      );
+    }
+  }
+
+  return Promise.all([every(leaseMs / 3, extend, 'extend'), every(WATCH_MS, watch, 'watch')]).then(() => {});
+}

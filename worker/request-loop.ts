@@ -1,0 +1,167 @@
+import { setTimeout as delay } from 'node:timers/promises';
+import type { Logger } from 'pino';
+import type { Keys } from '../shared/keys.ts';
+import type { NodeRegistry } from '../shared/node-registry.ts';
+import { BLOCK_MS, type Command, describeError, type RedisConnection } from '../shared/redis.ts';
+import { GROUP, type QueuedRequest, type RequestQueue, readRequest } from '../shared/request-queue.ts';
+
+/**
+ * Reads requests from every node's stream, never more than there is room for, and runs them.
+ *
+ * With room for at least one request a stream, one blocked XREADGROUP serves all streams. With less room (COUNT is
+ * per stream) they are asked one at a time, in rotating order, without blocking; only when all are empty comes the
+ * blocked read. In a Cluster a read must stay in one slot: there each stream is read in its own blocked call
+ * on its own connection (see `createReaders`).
+ */
+
+const REGISTRY_MS = 1_000; // a new gateway's requests are seen within this and one blocked read
+const PAUSE_MS = 250; // after an error
+
+export interface RequestSource {
+  /** Nodes known now. */
+  readonly nodes: string[];
+  /** Settles when the signal has aborted and no read is under way. */
+  readonly ended: Promise<void>;
+}
+
+export function readRequests(parts: {
+  worker: string;
+  keys: Keys;
+  registry: NodeRegistry;
+  queue: RequestQueue;
+  openReader: (name: string) => RedisConnection;
+  isCluster: boolean;
+  /** Requests that may be started now. */
+  room: () => number;
+  /** Settles when there may be room again. */
+  roomAgain: () => Promise<void>;
+  start: (request: QueuedRequest) => void;
+  onNodes?: (nodes: string[]) => void;
+  log: Logger;
+  signal: AbortSignal;
+}): RequestSource {
+  const { worker, keys, queue, log, signal } = parts;
+  let nodes: string[] = [];
+  let rotation = 0;
+
+  async function discover(): Promise<void> {
+    while (!signal.aborted) {
+      try {
+        const known = (await parts.registry.nodes()).map((entry) => entry.node);
+        for (const node of known) if (!nodes.includes(node)) await queue.ensureGroup(node);
+        if (known.join() !== nodes.join()) {
+          log.info({ nodes: known }, 'nodes');
+          nodes = known;
+          parts.onNodes?.(known);
+          openLoops();
+        }
+      } catch (error) {
+        log.warn({ err: describeError(error) }, 'the registry cannot be read; again soon');
+      }
+      await delay(REGISTRY_MS, undefined, { signal }).catch(() => {});
+    }
+  }
+
+  async function read(
+    reader: RedisConnection,
+    names: string[],
+    count: number,
+    block: boolean,
+  ): Promise<number> {
+    const command: Command = ['xreadgroup', 'GROUP', GROUP, worker, 'COUNT', count];
+    if (block) command.push('BLOCK', BLOCK_MS);
+    command.push('STREAMS', ...names.map(keys.requests), ...names.map(() => '>'));
+    const reply = (await (block ? reader.blocked(BLOCK_MS, command) : reader.send(command))) as
+      | [string, [string, string[]][]][]
+      | null;
+    let taken = 0;
+    for (const [key, entries] of reply ?? []) {
+      const node = names.find((name) => keys.requests(name) === key)!;
+      for (const [entry, fields] of entries) {
+        parts.start(readRequest(node, entry, fields));
+        taken++;
+      }
+    }
+    return taken;
+  }
+
+  async function loop(reader: RedisConnection, mine: () => string[], stopped: () => boolean): Promise<void> {
+    while (!signal.aborted && !stopped()) {
+      const names = mine();
+      if (names.length === 0) {
+        await delay(50, undefined, { signal }).catch(() => {});
+        continue;
+      }
+      const room = parts.room();
+      if (room <= 0) {
+        await parts.roomAgain();
+        continue;
+      }
+      try {
+        let taken = 0;
+        if (room < names.length) {
+          rotation = (rotation + 1) % names.length;
+          for (let step = 0; step < names.length && parts.room() > 0; step++)
+            taken += await read(reader, [names[(rotation + step) % names.length]!], parts.room(), false);
+          // Blocked with COUNT 1, a read may return one more entry than there is room for: it waits in line here.
+          if (taken === 0 && !signal.aborted) await read(reader, names, 1, true);
+        } else await read(reader, names, Math.max(1, Math.floor(room / names.length)), true);
+      } catch (error) {
+        if (signal.aborted) break;
+        const { message } = error as Error;
+        log.warn({ err: message }, 'reading requests failed; again soon');
+        if (message.startsWith('NOGROUP'))
+          for (const node of names)
+            await queue
+              .ensureGroup(node)
+              .catch((cause: Error) => log.warn({ err: cause.message, node }, 'no group'));
+        await delay(PAUSE_MS, undefined, { signal }).catch(() => {});
+      }
+    }
+  }
+
+  const loops: Promise<void>[] = [];
+  const perNode = new Set<string>();
+  let openedShared = false;
+
+  function openLoops(): void {
+    if (!parts.isCluster) {
+      if (openedShared) return;
+      openedShared = true;
+      const reader = parts.openReader('requests');
+      loops.push(
+        loop(
+          reader,
+          () => nodes,
+          () => false,
+        ),
+      );
+      return;
+    }
+    for (const node of nodes) {
+      if (perNode.has(node)) continue;
+      perNode.add(node);
+      const reader = parts.openReader(`requests-${node}`);
+      loops.push(
+        loop(
+          reader,
+          () => [node],
+          () => !nodes.includes(node),
+        ).finally(async () => {
+          perNode.delete(node);
+          await reader.close();
+        }),
+      );
+    }
+  }
+
+  const ended = discover().then(async () => {
+    await Promise.all(loops);
+  });
+  return {
+    get nodes() {
+      return nodes;
+    },
+    ended,
+  };
+}

@@ -1,0 +1,331 @@
+import type { Logger } from 'pino';
+import { backoffMs } from '../shared/backoff.ts';
+import { RivuletError } from '../shared/errors.ts';
+import type { Attempt, GenerationStore, Terminal } from '../shared/generation-store.ts';
+import type { ChatPayload } from '../shared/protocol.ts';
+import type { QueuedRequest, RequestQueue } from '../shared/request-queue.ts';
+import { AnswerWriter } from './answer-writer.ts';
+import type { Appender } from './appender.ts';
+import type { AttemptWatch } from './attempt-watch.ts';
+import type { WorkerConfig } from './config.ts';
+import type { Handler, HandlerResult } from './handler.ts';
+
+/**
+ * One request, from begin to its end: done, failed, handed to a retry, or lost to another worker. Never throws;
+ * what cannot be settled here is left pending, and claimed by somebody after the lease.
+ */
+
+const MAX_RETRY_MS = 600_000; // the most that a Retry-After is obeyed
+const MAX_BACKOFF_MS = 60_000;
+const TURN_TOKENS = 256; // a model that never waits gives the event loop a turn after so many tokens
+
+export interface RequestParts {
+  worker: string;
+  config: WorkerConfig;
+  handler: Handler;
+  store: GenerationStore;
+  queue: RequestQueue;
+  appender: Appender;
+  log: Logger;
+  /** Remembers a finished log for compaction. */
+  compactLater(user: string, messageId: string): void;
+  /** Metrics and traces of one attempt. */
+  watch(request: QueuedRequest): AttemptWatch;
+  /** For numbers and views. */
+  onOutcome(outcome: Outcome): void;
+}
+
+export type Outcome = 'done' | 'failed' | 'cancelled' | 'retry' | 'fenced' | 'released' | 'skipped';
+
+/** A request that is being worked on. */
+export interface RunningRequest {
+  readonly request: QueuedRequest;
+  readonly since: number;
+  writer: AnswerWriter | null;
+  attempt: number;
+  /** The lease was lost: stop, write nothing. */
+  lose(): void;
+  /** This worker is leaving: stop, and hand the request back. */
+  release(): void;
+  /** GENERATION_TIMEOUT_MS is over. */
+  expire(): void;
+  readonly ended: Promise<void>;
+}
+
+class Released extends Error {}
+
+export function runRequest(request: QueuedRequest, parts: RequestParts): RunningRequest {
+  const controller = new AbortController();
+  const watch = parts.watch(request);
+  let timedOut = false;
+  let child: Logger | undefined;
+  /** Made when it is first needed: most requests say nothing at the usual level. */
+  const logger = () => {
+    child ??= parts.log.child({ user: request.user, messageId: request.messageId });
+    return child;
+  };
+  const running: RunningRequest = {
+    request,
+    since: Date.now(),
+    writer: null,
+    attempt: 0,
+    lose() {
+      running.writer?.setFenced();
+      controller.abort(new Error('the attempt was replaced'));
+    },
+    release() {
+      controller.abort(new Released('the worker is leaving'));
+    },
+    expire() {
+      timedOut = true; // nobody waits that long twice: no retry
+      controller.abort(
+        new RivuletError(
+          'model_timeout',
+          `No complete answer within ${parts.config.GENERATION_TIMEOUT_MS} ms.`,
+        ),
+      );
+    },
+    ended: Promise.resolve(),
+  };
+  const ended = work().then(
+    (outcome) => {
+      watch.ended(outcome);
+      parts.onOutcome(outcome);
+    },
+    (error) => {
+      watch.ended('left');
+      logger().error({ err: error }, 'request left to the lease');
+    },
+  );
+  (running as { ended: Promise<void> }).ended = ended;
+  return running;
+
+  async function work(): Promise<Outcome> {
+    const { store, queue, worker, config } = parts;
+    const begun = await store.begin({
+      user: request.user,
+      messageId: request.messageId,
+      node: request.node,
+      entry: request.entry,
+      worker,
+      maxTries: config.MAX_ATTEMPTS,
+      leaseMs: config.LEASE_MS,
+    });
+    if (begun.state !== 'run' && begun.state !== 'exhausted') {
+      if (begun.state === 'missing') logger().warn('request without a record: expired or lost; dropped');
+      await queue.ack(request, worker);
+      return 'skipped';
+    }
+    const attempt: Attempt = {
+      user: request.user,
+      messageId: request.messageId,
+      attempt: begun.attempt,
+      worker,
+      node: request.node,
+      entry: request.entry,
+    };
+    const { payload } = begun;
+    running.attempt = begun.attempt;
+    watch.begun(begun.attempt);
+    const writer = new AnswerWriter(attempt, {
+      store,
+      appender: parts.appender,
+      logger,
+      onFenced() {
+        watch.fenced();
+        controller.abort(new Error('the attempt was replaced'));
+      },
+      signal: controller.signal,
+    });
+    running.writer = writer;
+    writer.started(begun.routes, begun.before);
+    if (begun.state === 'exhausted') {
+      return fail(
+        new RivuletError(
+          'attempts_exhausted',
+          `Every one of ${begun.tries - 1} attempts ended without an answer.`,
+        ),
+        begun.tries - 1,
+      );
+    }
+
+    let result: HandlerResult | undefined;
+    try {
+      result = await generate(writer, begun.attempt, payload);
+    } catch (error) {
+      if (writer.fenced) return lost();
+      if (controller.signal.reason instanceof Released) return release();
+      const failure = toFailure(error);
+      if (!failure.temporary || timedOut) return fail(failure, begun.tries);
+      if (begun.tries < config.MAX_ATTEMPTS) return retry(failure);
+      return fail(
+        new RivuletError(
+          'attempts_exhausted',
+          `${begun.tries} attempts failed; the last one: ${failure.message}`,
+          {
+            cause: failure,
+          },
+        ),
+        begun.tries,
+      );
+    }
+    const finished = await writer.finish(
+      {
+        type: 'done',
+        finishReason: result?.finishReason ?? 'stop',
+        length: writer.length,
+        ...(result?.usage ? { usage: result.usage } : {}),
+      },
+      true,
+    );
+    if (finished === 'fenced') return lost();
+    parts.compactLater(request.user, request.messageId);
+    if (finished === 'ended') await queue.ack(request, worker);
+    if (parts.log.isLevelEnabled('debug'))
+      logger().debug(
+        { attempt: begun.attempt, ms: Date.now() - running.since, units: writer.length },
+        'answered',
+      );
+    return 'done';
+
+    async function retry(failure: RivuletError): Promise<Outcome> {
+      await writer.settled(); // what the client saw of this attempt is in the log before the next begins
+      writer.abandon();
+      if (!(await store.release(attempt, true))) return lost();
+      const backoff = backoffMs(
+        begun.state === 'run' ? begun.tries : 1,
+        config.RETRY_BASE_MS,
+        MAX_BACKOFF_MS,
+      );
+      const delayMs = Math.min(MAX_RETRY_MS, Math.max(backoff, failure.retryAfterMs ?? 0));
+      await queue.retryLater(request, worker, delayMs);
+      logger().warn(
+        { attempt: attempt.attempt, code: failure.code, err: failure.message, delayMs },
+        'attempt failed; retry',
+      );
+      return 'retry';
+    }
+
+    async function fail(failure: RivuletError, tries: number): Promise<Outcome> {
+      const terminal: Terminal = {
+        type: 'failed',
+        code: failure.code,
+        message: failure.message.slice(0, 500),
+        temporary: failure.temporary,
+      };
+      if (failure.code === 'attempts_exhausted') {
+        watch.deadLetter();
+        // Before the end: a crash between the two leaves a second letter, not none.
+        await queue.deadLetter(request, worker, {
+          attempts: tries,
+          lastAttempt: attempt.attempt,
+          code: failure.code,
+          reason: failure.message.slice(0, 500),
+          payload: JSON.stringify(payload),
+        });
+      }
+      const finished = await writer.finish(terminal, true);
+      if (finished === 'fenced') return lost();
+      parts.compactLater(request.user, request.messageId);
+      logger().error(
+        { attempt: attempt.attempt, code: failure.code, err: failure.message },
+        'failed for good',
+      );
+      if (finished === 'ended') await queue.ack(request, worker);
+      return 'failed';
+    }
+
+    async function release(): Promise<Outcome> {
+      await writer.settled();
+      writer.abandon();
+      if (!(await store.release(attempt, false))) return lost();
+      await queue.retryLater(request, worker, 0);
+      logger().info({ attempt: attempt.attempt }, 'handed back');
+      return 'released';
+    }
+
+    async function lost(): Promise<Outcome> {
+      // Ended by a cancel: the entry is still ours to remove. Taken over: the script finds it is not.
+      const [record] = await store.inspect([request]);
+      const ended =
+        !record || record.status === 'cancelled' || record.status === 'done' || record.status === 'failed';
+      if (ended) await queue.ack(request, worker);
+      logger().info(
+        { attempt: attempt.attempt, status: record?.status ?? 'gone', owner: record?.owner },
+        'attempt replaced',
+      );
+      if (record?.status === 'cancelled') parts.compactLater(request.user, request.messageId);
+      return record?.status === 'cancelled' ? 'cancelled' : 'fenced';
+    }
+  }
+
+  /** Runs the handler into the writer. Throws what the handler throws, or a model_timeout. */
+  async function generate(
+    writer: AnswerWriter,
+    attempt: number,
+    payload: ChatPayload,
+  ): Promise<HandlerResult | undefined> {
+    const { config } = parts;
+    const partial =
+      attempt > 1 ? await parts.store.readText(request.user, request.messageId, attempt - 1) : '';
+    const generator = parts.handler(
+      { ...payload, userId: request.user, messageId: request.messageId },
+      {
+        signal: controller.signal,
+        attempt,
+        partial,
+        trace: watch.trace,
+        get log() {
+          return logger();
+        },
+      },
+    );
+    let left = false;
+    let complete = false;
+    /** The loop over the model's text: never waits for Redis, allocates nothing for a token. */
+    async function pump(): Promise<HandlerResult | undefined> {
+      for (let inTurn = 0; ; ) {
+        const next = await generator.next();
+        if (left) return undefined;
+        if (next.done) {
+          complete = true;
+          return next.value ?? undefined;
+        }
+        if (typeof next.value !== 'string')
+          throw new RivuletError('model_error', `The handler yielded ${typeof next.value} instead of text.`);
+        if (writer.length === 0 && next.value !== '') watch.firstText();
+        writer.push(next.value);
+        if (writer.exceeds(config.MAX_ANSWER_BYTES)) return { finishReason: 'length' };
+        if (++inTurn >= TURN_TOKENS) {
+          inTurn = 0;
+          await new Promise(setImmediate);
+        }
+      }
+    }
+    try {
+      return await new Promise<HandlerResult | undefined>((resolve, reject) => {
+        // A handler that does not watch its signal must not hold a place: it is left behind.
+        const leave = () => {
+          left = true;
+          reject(controller.signal.reason);
+        };
+        if (controller.signal.aborted) leave();
+        else controller.signal.addEventListener('abort', leave, { once: true });
+        pump().then(resolve, reject);
+      });
+    } finally {
+      left = true;
+      if (!complete) {
+        if (!controller.signal.aborted) controller.abort(new Error('ended'));
+        void generator.return(undefined).catch(() => {});
+      }
+    }
+  }
+}
+
+/** Any error as one with a code. Errors of user handlers without one count as temporary. */
+function toFailure(error: unknown): RivuletError {
+  if (error instanceof RivuletError) return error;
+  const message = error instanceof Error ? error.message : String(error);
+  return new RivuletError('model_error', `The handler failed: ${message}`, { temporary: true, cause: error });
+}

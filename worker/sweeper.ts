@@ -1,0 +1,112 @@
+import { setTimeout as delay } from 'node:timers/promises';
+import type { Logger } from 'pino';
+import type { GenerationStore } from '../shared/generation-store.ts';
+import type { NodeRegistry } from '../shared/node-registry.ts';
+import { GROUP, type QueuedRequest, type RequestQueue } from '../shared/request-queue.ts';
+import type { WorkerConfig } from './config.ts';
+
+/**
+ * The work that any worker does for all: moves due retries back, claims what a dead worker held, compacts finished
+ * logs, removes consumers and nodes that are gone and empty. Every step is safe when several workers do it at once.
+ *
+ * A request that kills its worker takes its neighbours with it, and all are claimed together, and would die together
+ * until each has used up its attempts. So a request whose workers died often is a suspect, and a worker runs one
+ * suspect at a time: the last two attempts are made in different company.
+ */
+
+const RETRY_STEP_MS = 250; // how late a due retry may start
+const HOUSEKEEPING_MS = 10_000;
+const SWEEPERS = 4; // workers' worth of looks at each node: more workers share them, or they would weigh on Redis
+const COMPACT_BATCH = 200;
+const ATTEMPTS_ALONE = 2;
+const GONE_AFTER_MS = 60_000; // a node or consumer that is silent and empty for so long is forgotten
+
+export function startSweeper(parts: {
+  worker: string;
+  config: WorkerConfig;
+  queue: RequestQueue;
+  registry: NodeRegistry;
+  store: GenerationStore;
+  nodes: () => string[];
+  room: () => number;
+  /** What this worker runs or is about to. */
+  held: () => QueuedRequest[];
+  start: (request: QueuedRequest) => void;
+  compactions: { user: string; messageId: string; due: number }[];
+  onTakeovers: (count: number) => void;
+  log: Logger;
+  signal: AbortSignal;
+}): Promise<void> {
+  const { worker, config, queue, registry, store, log, signal, compactions } = parts;
+
+  const suspectAfter = Math.max(1, config.MAX_ATTEMPTS - ATTEMPTS_ALONE);
+
+  let share = 1;
+  /** The nodes of this round: all, or by chance each with such a probability that about SWEEPERS look after it. */
+  const nodesToSweep = () => parts.nodes().filter(() => share >= 1 || Math.random() < share);
+
+  async function promote(): Promise<void> {
+    for (const node of nodesToSweep()) {
+      const { moved } = await queue.promoteDue(node, 100);
+      if (moved > 0) log.info({ node, moved }, 'retries are due');
+    }
+  }
+
+  async function claim(): Promise<void> {
+    for (const node of nodesToSweep()) {
+      const room = parts.room();
+      if (room <= 0) return;
+      const claimed = await queue.claimStalled(node, worker, {
+        leaseMs: config.LEASE_MS,
+        most: room,
+        suspectAfter,
+        suspects: parts.held().some((request) => request.deliveries > suspectAfter) ? 0 : 1,
+      });
+      if (claimed.length > 0) log.warn({ node, claimed: claimed.length }, 'took over stalled requests');
+      parts.onTakeovers(claimed.length);
+      for (const request of claimed) parts.start(request);
+    }
+  }
+
+  async function compact(): Promise<void> {
+    const now = Date.now();
+    while (compactions.length > 0 && compactions[0]!.due <= now && !signal.aborted)
+      await Promise.all(
+        compactions
+          .splice(0, COMPACT_BATCH)
+          .map(({ user, messageId }) => store.compact(user, messageId).catch(() => false)),
+      );
+  }
+
+  async function housekeep(): Promise<void> {
+    await registry.sweepWorkers(GONE_AFTER_MS);
+    share = SWEEPERS / Math.max(1, await registry.countWorkers());
+    for (const entry of await registry.nodes()) {
+      await queue.removeIdleConsumers(entry.node, Math.max(GONE_AFTER_MS, 3 * config.LEASE_MS));
+      if (entry.until + GONE_AFTER_MS > Date.now()) continue;
+      if ((await queue.countOpen([entry.node])) > 0) continue;
+      if (!(await registry.remove(entry.node, GONE_AFTER_MS))) continue;
+      await queue.dropEmpty(entry.node);
+      log.info({ node: entry.node }, 'forgot a node that is gone and drained');
+    }
+  }
+
+  async function every(ms: number, name: string, step: () => Promise<void>): Promise<void> {
+    while (!signal.aborted) {
+      // Jitter keeps many workers from doing the same step at the same time.
+      await delay(ms * (0.75 + Math.random() / 2), undefined, { signal }).catch(() => {});
+      if (signal.aborted) return;
+      await step().catch((error: Error) => {
+        if (error.message.startsWith('NOGROUP')) return; // the request loop makes it
+        log.warn({ err: error.message, step: name, group: GROUP }, 'sweep failed; again soon');
+      });
+    }
+  }
+
+  return Promise.all([
+    every(RETRY_STEP_MS, 'promote', promote),
+    every(config.LEASE_MS / 3, 'claim', claim),
+    every(1_000, 'compact', compact),
+    every(HOUSEKEEPING_MS, 'housekeep', housekeep),
+  ]).then(() => {});
+}

@@ -1,0 +1,263 @@
+import { randomBytes } from 'node:crypto';
+import { hostname } from 'node:os';
+import { setTimeout as delay } from 'node:timers/promises';
+import type { Logger } from 'pino';
+import { createGenerationStore } from '../shared/generation-store.ts';
+import { createKeys } from '../shared/keys.ts';
+import type { Running } from '../shared/lifecycle.ts';
+import { createNodeRegistry } from '../shared/node-registry.ts';
+import { createRedis } from '../shared/redis.ts';
+import { createRequestQueue, type QueuedRequest } from '../shared/request-queue.ts';
+import { createTracing } from '../shared/tracing.ts';
+import { createAppender } from './appender.ts';
+import { watchAttempt } from './attempt-watch.ts';
+import type { WorkerConfig } from './config.ts';
+import type { Handler } from './handler.ts';
+import { keepLeases } from './lease.ts';
+import { createWorkerMetrics } from './metrics.ts';
+import { startMetricsServer } from './metrics-server.ts';
+import { readRequests } from './request-loop.ts';
+import { type RunningRequest, runRequest } from './run-request.ts';
+import { startSweeper } from './sweeper.ts';
+
+/**
+ * A worker: reads requests of all nodes, runs up to WORKER_CONCURRENCY of them, keeps their leases. It keeps no
+ * state that another worker could not rebuild from Redis.
+ */
+
+const BEAT_MS = 1_000; // the view of what workers do is at most this old
+const SEEN_LEASE_MS = 5_000;
+const RUNNING_SHOWN = 32;
+const COMPACTIONS_KEPT = 100_000; // beyond this the logs just expire
+
+export async function startWorker(config: WorkerConfig, handler: Handler, log: Logger): Promise<Running> {
+  const worker = `w-${hostname().slice(0, 24)}-${process.pid}-${randomBytes(3).toString('hex')}`;
+  const keys = createKeys(config.KEY_PREFIX);
+  const closers: (() => Promise<unknown>)[] = [];
+  const running = new Map<string, RunningRequest>();
+  const metrics = createWorkerMetrics({
+    running: () => running.size,
+    concurrency: config.WORKER_CONCURRENCY,
+    tokens: () => appender.tokens,
+  });
+  const redis = createRedis({
+    url: config.REDIS_URL,
+    name: `${worker}:commands`,
+    log,
+    hot: true,
+    onPing: (seconds) => metrics.redis.observe(seconds),
+  });
+  closers.push(() => redis.close());
+  await redis.connected();
+  const store = createGenerationStore({ redis, keys, retentionMs: config.RETENTION_MS });
+  const queue = createRequestQueue({ redis, keys });
+  const registry = createNodeRegistry({ redis, keys });
+  const appender = createAppender({ redis, keys, store });
+  const tracing = await createTracing(config.OTEL_EXPORTER_OTLP_ENDPOINT, 'rivulet-worker', {
+    'service.instance.id': worker,
+  });
+  if (tracing) closers.push(() => tracing.stop());
+  if (config.METRICS_PORT !== undefined) {
+    const server = await startMetricsServer({
+      host: config.METRICS_HOST,
+      port: config.METRICS_PORT,
+      registry: metrics.registry,
+      isReady: () => redis.isReady(),
+    });
+    closers.push(() => server.stop());
+    log.info({ host: config.METRICS_HOST, port: server.port }, 'metrics');
+  }
+
+  const stopReading = new AbortController();
+  const stopKeeping = new AbortController();
+  const backlog: QueuedRequest[] = []; // at most one entry a node: see request-loop.ts
+  const startedAt = Date.now();
+  let done = 0;
+  let failed = 0;
+  let lastBusy = Date.now();
+  let roomWaiters: (() => void)[] = [];
+
+  const compactions: { user: string; messageId: string; due: number }[] = [];
+
+  function start(request: QueuedRequest): void {
+    lastBusy = Date.now();
+    if (running.size >= config.WORKER_CONCURRENCY) {
+      backlog.push(request);
+      return;
+    }
+    const key = `${request.node} ${request.entry}`;
+    if (running.has(key)) return;
+    const started = runRequest(request, {
+      worker,
+      config,
+      handler,
+      store,
+      queue,
+      appender,
+      log,
+      compactLater(user, messageId) {
+        if (compactions.length < COMPACTIONS_KEPT)
+          compactions.push({ user, messageId, due: Date.now() + config.COMPACT_AFTER_MS });
+      },
+      watch: (watched) => watchAttempt(watched, { metrics, tracing, worker }),
+      onOutcome(outcome) {
+        if (outcome === 'done') done++;
+        if (outcome === 'failed') failed++;
+      },
+    });
+    running.set(key, started);
+    void started.ended.then(() => {
+      running.delete(key);
+      lastBusy = Date.now();
+      const next = backlog.shift();
+      if (next) start(next);
+      for (const wake of roomWaiters.splice(0)) wake();
+    });
+  }
+
+  const room = () =>
+    stopReading.signal.aborted ? 0 : config.WORKER_CONCURRENCY - running.size - backlog.length;
+  const leases = keepLeases({
+    worker,
+    leaseMs: config.LEASE_MS,
+    timeoutMs: config.GENERATION_TIMEOUT_MS,
+    *running() {
+      yield* running.values();
+    },
+    redis,
+    queue,
+    store,
+    log,
+    signal: stopKeeping.signal,
+  });
+  const unsubscribe = redis.onReconnect(() => {
+    for (const one of running.values()) one.writer?.check();
+  });
+  const source = readRequests({
+    worker,
+    keys,
+    registry,
+    queue,
+    openReader(name) {
+      const reader = createRedis({ url: config.REDIS_URL, name: `${worker}:${name}`, log, hot: true });
+      closers.push(() => reader.close());
+      return reader;
+    },
+    isCluster: redis.isCluster,
+    room,
+    roomAgain: () =>
+      new Promise((resolve) => {
+        if (room() > 0) resolve();
+        roomWaiters.push(resolve);
+      }),
+    start,
+    log,
+    signal: stopReading.signal,
+  });
+  const sweeper = startSweeper({
+    worker,
+    config,
+    queue,
+    registry,
+    store,
+    nodes: () => source.nodes,
+    room,
+    held: () => [...[...running.values()].map((one) => one.request), ...backlog],
+    start,
+    compactions,
+    onTakeovers: (count) => metrics.takeovers.inc(count),
+    log,
+    signal: stopReading.signal,
+  });
+
+  const beat = async () => {
+    await registry.beatWorker(worker, SEEN_LEASE_MS, {
+      concurrency: config.WORKER_CONCURRENCY,
+      running: [...running.values()].slice(0, RUNNING_SHOWN).map((one) => ({
+        user: one.request.user,
+        messageId: one.request.messageId,
+        attempt: one.attempt,
+        since: one.since,
+      })),
+      runningCount: running.size,
+      tokens: appender.tokens,
+      done,
+      failed,
+      host: hostname(),
+      pid: process.pid,
+    });
+  };
+  const beating = (async () => {
+    while (!stopKeeping.signal.aborted) {
+      await beat().catch((error: Error) => log.debug({ err: error.message }, 'beat failed'));
+      await delay(BEAT_MS, undefined, { signal: stopKeeping.signal }).catch(() => {});
+    }
+  })();
+
+  log.info({ worker, concurrency: config.WORKER_CONCURRENCY, handler: config.HANDLER, startedAt }, 'ready');
+
+  /** Takes nothing new; what waits in line here goes back. */
+  async function refuse(): Promise<void> {
+    stopReading.abort();
+    for (const wake of roomWaiters.splice(0)) wake();
+    roomWaiters = [];
+    await source.ended;
+    for (const request of backlog.splice(0)) await queue.retryLater(request, worker, 0).catch(() => false);
+  }
+
+  async function retire(): Promise<void> {
+    await refuse();
+    while (running.size > 0) await Promise.all([...running.values()].map((one) => one.ended));
+  }
+
+  let stopped: Promise<void> | undefined;
+  async function stop(): Promise<void> {
+    const deadline = Date.now() + config.DRAIN_MS;
+    await refuse();
+    while (running.size > 0 && Date.now() < deadline)
+      await Promise.race([
+        Promise.all([...running.values()].map((one) => one.ended)),
+        delay(Math.max(1, deadline - Date.now())),
+      ]);
+    if (running.size > 0) log.info({ running: running.size }, 'time is up; handing requests back');
+    for (const one of running.values()) one.release();
+    await Promise.race([Promise.all([...running.values()].map((one) => one.ended)), delay(5_000)]);
+    await appender.flushed();
+    stopKeeping.abort();
+    await Promise.all([leases, sweeper, beating]);
+    await leaveGroups();
+    await registry.leaveWorker(worker).catch(() => {});
+    unsubscribe();
+    for (const close of closers.reverse()) await close();
+  }
+
+  /** Removes this consumer where it holds nothing: XGROUP DELCONSUMER loses pending entries. */
+  async function leaveGroups(): Promise<void> {
+    for (const node of source.nodes) await queue.removeConsumer(node, worker).catch(() => {});
+  }
+
+  const ended = config.EXIT_WHEN_IDLE_MS === undefined ? undefined : idle(config.EXIT_WHEN_IDLE_MS);
+  /** Settles after so long with nothing to do: nothing running here, nothing waiting, no retry to come. */
+  async function idle(ms: number): Promise<void> {
+    while (!stopReading.signal.aborted) {
+      await delay(Math.min(250, ms), undefined, { signal: stopReading.signal }).catch(() => {});
+      if (running.size > 0 || Date.now() - lastBusy < ms) continue;
+      // From the registry: right after the start the nodes may not be known here yet.
+      const waiting = await registry
+        .nodes()
+        .then((nodes) => queue.countOpen(nodes.map(({ node }) => node)))
+        .catch(() => 1);
+      if (waiting === 0) return;
+      lastBusy = Date.now();
+    }
+  }
+
+  return {
+    stop: () => {
+      stopped ??= stop();
+      return stopped;
+    },
+    retire,
+    ...(ended ? { ended } : {}),
+  };
+}
