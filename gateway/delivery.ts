@@ -21,8 +21,10 @@ import type { GenerationStore, LogEntry } from '../shared/generation-store.ts';
 const HELD_FRAMES = 32;
 const SILENT_MS = 2_000; // when a silent subscription is first compared with its log
 const SILENT_MAX_MS = 16_000; // and at the most, after doubling
-const MOST_PAGE = 500; // entries of one read
+const FIRST_PAGE = 64; // entries of a read, before anything is known of their size
+const MOST_PAGE = 500;
 const LEAST_PAGE = 8;
+const PAGE_UNITS = 131_072; // what a page should hold at the most: half of what makes a client slow
 const DOUBTFUL_MS = 8_000; // patience after 6 s of silence: then its request is looked for in its stream
 const HEAL_BATCH = 500; // log tops that one round trip asks for
 
@@ -60,7 +62,7 @@ export interface Subscription {
   state: 'held' | 'live' | 'reading' | 'stalled' | 'ended';
   held: { before: string; id: string; end: boolean; frame: string }[];
   more: boolean;
-  /** Entries that the next read of the log asks for: about as many as its client takes at a time. */
+  /** Entries that the next read of the log asks for, by the size of the last ones. */
   page: number;
   lastMs: number;
   patienceMs: number;
@@ -144,19 +146,19 @@ export function createDelivery(parts: {
 
   /** Sends entries while the client keeps up. False when it stalled or ended. */
   function sendEntries(subscription: Subscription, entries: LogEntry[]): boolean {
-    let sent = 0;
+    let units = 0;
+    for (const { frame } of entries) units += frame.length;
+    const fitting = Math.floor((PAGE_UNITS * entries.length) / Math.max(1, units));
+    if (entries.length > 0) subscription.page = Math.max(LEAST_PAGE, Math.min(MOST_PAGE, fitting));
     for (const entry of entries) {
       if (compareFrameIds(entry.id, subscription.position) <= 0) continue;
       if (subscription.follower.slow) {
         stall(subscription);
-        subscription.page = Math.max(LEAST_PAGE, 2 * sent); // what it could not take is read again
         return false;
       }
       send(subscription, entry.id, entry.terminal, entry.frame);
-      sent++;
       if (entry.terminal) return false; // nothing follows an end, whatever the log holds
     }
-    subscription.page = Math.min(MOST_PAGE, 2 * subscription.page);
     return isOpen(subscription);
   }
 
@@ -266,7 +268,7 @@ export function createDelivery(parts: {
         state: 'held',
         held: [],
         more: false,
-        page: MOST_PAGE,
+        page: FIRST_PAGE,
         lastMs: Date.now(),
         patienceMs: SILENT_MS,
       };

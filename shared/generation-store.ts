@@ -10,13 +10,15 @@ import { GROUP } from './request-queue.ts';
  * A log is a stream whose entry ids are frame ids, `<attempt>-<seq>`. Entry shapes, one field each:
  * `start <attempt>` · `token <text>` · `done <JSON>` · `failed <JSON>`.
  * States of a record: queued → running → done | failed | cancelled, and running → queued at a retry.
- * `begin` alone opens an attempt and creates a log; appends say NOMKSTREAM and an explicit id, so Redis itself
- * refuses a worker that has been replaced. Every step here is one script, and safe to repeat.
+ * `begin` alone opens an attempt, and writes its start where there is an older attempt to be kept out; the log of a
+ * first attempt is made by `openLogCommand`. Appends say NOMKSTREAM and an explicit id, so Redis itself refuses a
+ * worker that has been replaced. Every step here is one script, and safe to repeat.
  */
 
 /** An open record lives this long without an attempt; then it is given up with everything it holds. */
 const OPEN_RECORD_MS = 24 * 3_600_000;
 const PAGE = 500; // entries a range read may return
+const ATTACH_PAGE = 64; // the first ones of a resume: a thousand may come at once, and an entry may have 48 KB
 const COMPACT_BYTES = 65_536; // of text, at the most
 
 export interface LogEntry {
@@ -61,6 +63,8 @@ export type Begun =
       /** The id in the log before this attempt's `start`, or empty. */
       before: string;
       admittedMs: number;
+      /** Whether the log has this attempt's start already. */
+      opened: boolean;
     };
 
 export type Terminal =
@@ -68,7 +72,8 @@ export type Terminal =
   | { type: 'failed'; code: ErrorCode; message: string; temporary: boolean };
 
 export type Finished =
-  | { state: 'ended'; routes: string[]; acknowledged: boolean }
+  /** `compacted`: the record holds all of it, there is no log. */
+  | { state: 'ended'; routes: string[]; acknowledged: boolean; compacted: boolean }
   | { state: 'fenced' }
   | { state: 'behind'; top: string };
 
@@ -173,7 +178,7 @@ export function createGenerationStore({
         redis.script(
           'attach',
           [keys.generation(user, messageId), keys.log(user, messageId)],
-          [node, after, PAGE],
+          [node, after, ATTACH_PAGE],
         ),
       )) as [string, ...unknown[]];
       if (reply[0] === 'unknown') return { state: 'unknown' };
@@ -206,7 +211,7 @@ export function createGenerationStore({
         compacted: false,
         node: home,
         entries: entries.map((entry) => readEntry(messageId, entry)),
-        more: entries.length === PAGE,
+        more: entries.length === ATTACH_PAGE,
       };
     },
 
@@ -300,7 +305,7 @@ export function createGenerationStore({
           [keys.generation(user, messageId), keys.log(user, messageId)],
           [carrierOf(options), options.worker, options.maxTries, options.leaseMs, OPEN_RECORD_MS],
         ),
-      )) as [string, number, number, string, string, string, string];
+      )) as [string, number, number, string, string, string, string, number];
       switch (reply[0]) {
         case 'missing':
         case 'terminal':
@@ -316,10 +321,20 @@ export function createGenerationStore({
             routes: splitRoutes(reply[4]),
             before: reply[5],
             admittedMs: Number(reply[6]),
+            opened: reply[7] === 1,
           };
         default:
           throw new Error(`begin.lua answered ${reply[0]}`);
       }
+    },
+
+    /** The command that makes the log of a first attempt. Answers with the routes, or null when it was replaced. */
+    openLogCommand({ user, messageId, attempt, worker }: Attempt): Command {
+      return redis.scriptCommand(
+        'open_log',
+        [keys.generation(user, messageId), keys.log(user, messageId)],
+        [attempt, worker, OPEN_RECORD_MS],
+      );
     },
 
     /** The commands of one flush: append one token frame, then learn who wants it. Two replies. */
@@ -354,6 +369,7 @@ export function createGenerationStore({
 
     /**
      * Ends a generation. `last` is text that was not appended yet, under its seq. Safe to repeat.
+     * `opened` says whether its log was ever made; if not, none is made now.
      * With `acknowledge` the request is acknowledged too, in the same step on a single server; whether that was
      * done is in the answer.
      */
@@ -362,7 +378,7 @@ export function createGenerationStore({
       last: { seq: number; text: string } | null,
       seq: number,
       terminal: Terminal,
-      acknowledge: boolean,
+      { acknowledge, opened }: { acknowledge: boolean; opened: boolean },
     ): Promise<Finished> {
       const { user, messageId } = attempt;
       const { type, ...rest } = terminal;
@@ -383,18 +399,24 @@ export function createGenerationStore({
         type,
         JSON.stringify(rest),
         retentionMs,
+        opened ? 0 : 1,
       ];
       const together = acknowledge && !redis.isCluster;
       const reply = (await (together
         ? redis.script(
             'finish_and_ack',
             [keys.requests(attempt.node), ...recordKeys],
-            [GROUP, attempt.worker, attempt.entry, ...end],
+            [GROUP, attempt.entry, ...end],
           )
-        : redis.script('finish', recordKeys, end))) as [string, string?];
+        : redis.script('finish', recordKeys, end))) as [string, string?, number?];
       switch (reply[0]) {
         case 'ended':
-          return { state: 'ended', routes: splitRoutes(reply[1] ?? ''), acknowledged: together };
+          return {
+            state: 'ended',
+            routes: splitRoutes(reply[1] ?? ''),
+            acknowledged: together,
+            compacted: reply[2] === 1,
+          };
         case 'behind':
           return { state: 'behind', top: reply[1] ?? '' };
         default:
@@ -547,6 +569,7 @@ function carrierOf({ node, entry }: { node: string; entry: string }): string {
   return `${node} ${entry}`;
 }
 
-function splitRoutes(routes: string): string[] {
+/** Nodes from a record's `routes`. */
+export function splitRoutes(routes: string): string[] {
   return routes === '' ? [] : routes.split(',');
 }

@@ -93,6 +93,7 @@ export type ScriptName =
   | 'keep_connection'
   | 'leave_node'
   | 'move_home'
+  | 'open_log'
   | 'promote'
   | 'read_inbox'
   | 'register_node'

@@ -40,7 +40,7 @@ export function createTurnPipeline(redis: Redis): TurnPipeline {
   let outgoing = EMPTY;
   let scheduled = false;
   /** Waiters in the order of their commands. A ring would save the compaction; an array with a head is enough. */
-  let waiters: Waiter[] = [];
+  let waiters: (Waiter | null)[] = [];
   let head = 0;
   let waiting = 0;
   let epoch = 0;
@@ -87,7 +87,7 @@ export function createTurnPipeline(redis: Redis): TurnPipeline {
     head = 0;
     waiting = 0;
     const error = new Error('Connection is closed.');
-    for (const waiter of lost) waiter.fail(error);
+    for (const waiter of lost) waiter!.fail(error);
   }
 
   function answer(reply: RespValue): void {
@@ -95,7 +95,7 @@ export function createTurnPipeline(redis: Redis): TurnPipeline {
     if (!waiter) throw new Error('RESP: a reply without a command');
     waiting--;
     if (--waiter.left === 0) {
-      head++;
+      waiters[head++] = null; // it holds its reply, which may be megabytes
       if (head > 1024 && head * 2 > waiters.length) {
         waiters = waiters.slice(head);
         head = 0;

@@ -7,7 +7,9 @@ import {
   encodeFrame,
   encodeTerminal,
   encodeToken,
+  type Finished,
   type GenerationStore,
+  splitRoutes,
   type Terminal,
 } from '../shared/generation-store.ts';
 import { isConnectionError } from '../shared/redis.ts';
@@ -18,6 +20,9 @@ import type { Appender } from './appender.ts';
  * Writes the answer of one attempt into its log. `push` never waits: text is kept, and appended at the end of the
  * event-loop turn when nothing of this answer is in flight; else it coalesces until the append returns, or until
  * `COALESCE_MS`.
+ *
+ * The start of a first attempt is written in the same way, at the end of the turn: an answer that is complete by then
+ * needs no log at all.
  *
  * States: open → (an append failed) mending → open | fenced; open → ended. A refusal is read, not guessed: mending
  * asks Redis who owns the log, appends again what it lacks, and only then says "fenced".
@@ -38,6 +43,10 @@ export class AnswerWriter {
   private pending = '';
   private inFlight = 0;
   private publishedSeq = 0;
+  /** The log has this attempt's start. */
+  private opened = true;
+  private openingInFlight = false;
+  private startPublished = true;
   private scheduled = false;
   private mending: Promise<void> | null = null;
   private holdTimer: NodeJS.Timeout | undefined;
@@ -78,8 +87,17 @@ export class AnswerWriter {
     return this.bytes + Buffer.byteLength(this.pending) > bytes;
   }
 
-  /** Publishes the start frame that `begin` wrote. */
-  started(routes: string[], before: string): void {
+  /** The attempt has begun; `opened` when its start is in the log already. */
+  started(routes: string[], before: string, opened: boolean): void {
+    this.opened = opened;
+    this.startPublished = false;
+    if (opened) this.publishStart(routes, before);
+    else this.schedule();
+  }
+
+  private publishStart(routes: string[], before: string): void {
+    if (this.startPublished) return;
+    this.startPublished = true;
     const { messageId, attempt } = this.attempt;
     const id = formatFrameId(attempt, 0);
     this.publish(routes, before, id, 's', encodeFrame({ type: 'start', messageId, id, attempt }));
@@ -123,10 +141,9 @@ export class AnswerWriter {
   }
 
   /**
-   * Ends the answer, and acknowledges its request if asked to. `fenced` when the attempt had been replaced, else
-   * whether the request still has to be acknowledged.
+   * Ends the answer, and acknowledges its request where that is one step; null when the attempt had been replaced.
    */
-  async finish(terminal: Terminal, acknowledge: boolean): Promise<'fenced' | 'acknowledged' | 'ended'> {
+  async finish(terminal: Terminal): Promise<Extract<Finished, { state: 'ended' }> | null> {
     const { store, logger } = this.parts;
     while (!this.fenced && this.whole.length > 0) {
       if (this.canTake()) this.schedule();
@@ -137,15 +154,16 @@ export class AnswerWriter {
     const deadline = Date.now() + MEND_DEADLINE_MS;
     for (let round = 1; ; round++) {
       while (!this.fenced && (this.inFlight > 0 || this.mending)) await this.changed();
-      if (this.fenced) return 'fenced';
+      if (this.fenced) return null;
       const text = this.pending;
       const last = text === '' ? null : { seq: this.texts.length + 1, text };
       const seq = this.texts.length + (last ? 2 : 1);
       try {
-        const finished = await store.finish(this.attempt, last, seq, terminal, acknowledge);
+        const { opened } = this;
+        const finished = await store.finish(this.attempt, last, seq, terminal, { acknowledge: true, opened });
         if (finished.state === 'fenced') {
           this.setFenced();
-          return 'fenced';
+          return null;
         }
         if (finished.state === 'behind') {
           await this.mend('the log lacks frames');
@@ -155,6 +173,7 @@ export class AnswerWriter {
           this.pending = '';
           this.texts.push(text);
         }
+        this.publishStart(finished.routes, '');
         this.publishTexts(finished.routes);
         const { messageId, attempt } = this.attempt;
         const id = formatFrameId(attempt, seq);
@@ -166,7 +185,7 @@ export class AnswerWriter {
           'e',
           encodeTerminal(messageId, id, type, JSON.stringify(rest)),
         );
-        return finished.acknowledged ? 'acknowledged' : 'ended';
+        return finished;
       } catch (error) {
         // Safe to repeat: `finish` knows its own terminal frame.
         if (!isConnectionError(error) || Date.now() > deadline) throw error;
@@ -208,6 +227,23 @@ export class AnswerWriter {
 
   // What the appender calls.
 
+  /** Whether the log has to be made first; the answer goes to `logOpened`, or to `refused`. */
+  takeOpening(): boolean {
+    if (this.opened || this.openingInFlight || this.fenced || this.mending || this.ended) return false;
+    this.openingInFlight = true;
+    this.inFlight++;
+    return true;
+  }
+
+  logOpened(routes: string): void {
+    this.inFlight--;
+    this.openingInFlight = false;
+    this.opened = true;
+    if (!this.mending && !this.fenced) this.publishStart(splitRoutes(routes), '');
+    if (this.canTake()) this.schedule();
+    this.notify();
+  }
+
   /** The next frame to append, or null. */
   take(): { seq: number; text: string } | null {
     this.scheduled = false;
@@ -227,13 +263,15 @@ export class AnswerWriter {
   stored(seq: number, routes: string): void {
     this.inFlight--;
     this.lastAppendMs = Date.now();
-    if (!this.mending && !this.fenced) this.publishTexts(routes === '' ? [] : routes.split(','), seq);
+    if (!this.mending && !this.fenced) this.publishTexts(splitRoutes(routes), seq);
     if (this.canTake()) this.schedule();
     this.notify();
   }
 
+  /** @param seq 0 = the start */
   refused(seq: number, error: Error | null): void {
     this.inFlight--;
+    if (seq === 0) this.openingInFlight = false;
     this.parts.logger().debug({ seq, err: error?.message }, 'append refused');
     void this.mend(error?.message ?? 'the log is gone');
     this.notify();
@@ -287,6 +325,8 @@ export class AnswerWriter {
         const restored = await store.restore(this.attempt, this.texts);
         if (restored.state === 'restored') {
           this.lastAppendMs = Date.now();
+          this.opened = true;
+          this.publishStart(restored.routes, '');
           this.publishTexts(restored.routes);
           logger().info({ reason, frames: this.texts.length }, 'log compared with what was written');
           return;

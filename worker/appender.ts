@@ -6,7 +6,7 @@ import type { AnswerWriter } from './answer-writer.ts';
 
 /**
  * Carries the appends of every answer of this worker. All answers that have text in one event-loop turn share one
- * round trip: for each `XADD log`, `HGET routes`. What the log took is then published, all frames for a node in
+ * round trip: for each `XADD log`, `HGET routes`, and before its first the script that makes the log. What the log took is then published, all frames for a node in
  * one entry of its reply stream.
  *
  * Publishing waits for the log (unlike a blind pipeline of both): a worker that was replaced never shows a client
@@ -54,12 +54,15 @@ export function createAppender({
     const commands: Command[] = [];
     const appended: { writer: AnswerWriter; seq: number }[] = [];
     for (const writer of writers) {
+      if (writer.takeOpening()) {
+        appended.push({ writer, seq: 0 });
+        commands.push(store.openLogCommand(writer.attempt));
+      }
       const append = writer.take();
       if (!append) continue;
       appended.push({ writer, seq: append.seq });
       commands.push(...store.appendCommands(writer.attempt, append.seq, append.text));
     }
-    const appends = commands.length;
     for (const [node, list] of frames) commands.push(...publishCommands(keys, node, list));
     if (commands.length === 0) {
       settle();
@@ -70,10 +73,15 @@ export function createAppender({
     redis.flush(); // this is the end of the turn
     sent.then((replies) => {
       underWay--;
-      for (let index = 0; index < appends; index += 2) {
-        const { writer, seq } = appended[index / 2]!;
-        const [error, id] = replies[index]!;
-        const [routesError, routes] = replies[index + 1]!;
+      let index = 0;
+      for (const { writer, seq } of appended) {
+        const [error, id] = replies[index++]!;
+        if (seq === 0) {
+          if (error || id === null) writer.refused(0, error);
+          else writer.logOpened(id as string);
+          continue;
+        }
+        const [routesError, routes] = replies[index++]!;
         if (error || routesError || id === null) writer.refused(seq, error ?? routesError);
         else {
           tokens++;

@@ -138,7 +138,7 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
       signal: controller.signal,
     });
     running.writer = writer;
-    writer.started(begun.routes, begun.before);
+    writer.started(begun.routes, begun.before, begun.opened);
     if (begun.state === 'exhausted') {
       return fail(
         new RivuletError(
@@ -169,24 +169,25 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
         begun.tries,
       );
     }
-    const finished = await writer.finish(
-      {
-        type: 'done',
-        finishReason: result?.finishReason ?? 'stop',
-        length: writer.length,
-        ...(result?.usage ? { usage: result.usage } : {}),
-      },
-      true,
-    );
-    if (finished === 'fenced') return lost();
-    parts.compactLater(request.user, request.messageId);
-    if (finished === 'ended') await queue.ack(request, worker);
+    const finished = await writer.finish({
+      type: 'done',
+      finishReason: result?.finishReason ?? 'stop',
+      length: writer.length,
+      ...(result?.usage ? { usage: result.usage } : {}),
+    });
+    if (!finished) return lost();
+    await settle(finished);
     if (parts.log.isLevelEnabled('debug'))
       logger().debug(
         { attempt: begun.attempt, ms: Date.now() - running.since, units: writer.length },
         'answered',
       );
     return 'done';
+
+    async function settle({ acknowledged, compacted }: { acknowledged: boolean; compacted: boolean }) {
+      if (!compacted) parts.compactLater(request.user, request.messageId);
+      if (!acknowledged) await queue.ack(request, worker);
+    }
 
     async function retry(failure: RivuletError): Promise<Outcome> {
       await writer.settled(); // what the client saw of this attempt is in the log before the next begins
@@ -224,14 +225,13 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
           payload: JSON.stringify(payload),
         });
       }
-      const finished = await writer.finish(terminal, true);
-      if (finished === 'fenced') return lost();
-      parts.compactLater(request.user, request.messageId);
+      const finished = await writer.finish(terminal);
+      if (!finished) return lost();
       logger().error(
         { attempt: attempt.attempt, code: failure.code, err: failure.message },
         'failed for good',
       );
-      if (finished === 'ended') await queue.ack(request, worker);
+      await settle(finished);
       return 'failed';
     }
 

@@ -53,8 +53,18 @@ async function running(user: string, messageId: string, worker = 'w1', entry = '
   const begun = await begin(user, messageId, worker, entry);
   assert.equal(begun.state, 'run');
   assert.ok('attempt' in begun);
-  return { user, messageId, attempt: begun.attempt, worker, node: 'n1', entry };
+  const attempt = { user, messageId, attempt: begun.attempt, worker, node: 'n1', entry };
+  if (!begun.opened) assert.equal(await openLog(attempt), 'n1');
+  return attempt;
 }
+
+async function openLog(attempt: Attempt): Promise<Error | null | unknown> {
+  const [[error, routes]] = (await redis.batch([store.openLogCommand(attempt)])) as [[Error | null, unknown]];
+  return error ?? routes;
+}
+
+const KEEP = { acknowledge: false, opened: true }; // how `finish` is asked for: the log is there, the request stays
+const DONE = { type: 'done', finishReason: 'stop', length: 3 } as const;
 
 async function append(attempt: Attempt, seq: number, text: string): Promise<Error | null | unknown> {
   const [[error, id]] = (await redis.batch(store.appendCommands(attempt, seq, text))) as [
@@ -92,12 +102,9 @@ test('after begin of attempt 2, Redis refuses every append of attempt 1', async 
   const second = await running(user, 'm', 'w2', '1-1');
   assert.equal(second.attempt, 2);
   assert.match(String(await append(first, 2, 'zombie')), /equal or smaller/);
-  assert.deepEqual(
-    await store.finish(first, null, 2, { type: 'done', finishReason: 'stop', length: 3 }, false),
-    {
-      state: 'fenced',
-    },
-  );
+  assert.deepEqual(await store.finish(first, null, 2, DONE, KEEP), {
+    state: 'fenced',
+  });
   assert.equal(await store.release(first, true), false);
   assert.equal((await store.restore(first, ['one', 'zombie'])).state, 'fenced');
   assert.equal(await append(second, 1, 'two'), '2-1');
@@ -133,10 +140,10 @@ test('finish is exact: last text, terminal frame, record; and safe to repeat', a
       { seq: 2, text: ' you' },
       3,
       { type: 'done', finishReason: 'stop', length: 9 },
-      false,
+      KEEP,
     );
-  assert.deepEqual(await finish(), { state: 'ended', routes: ['n1'], acknowledged: false });
-  assert.deepEqual(await finish(), { state: 'ended', routes: ['n1'], acknowledged: false });
+  assert.deepEqual(await finish(), { state: 'ended', routes: ['n1'], acknowledged: false, compacted: false });
+  assert.deepEqual(await finish(), { state: 'ended', routes: ['n1'], acknowledged: false, compacted: false });
   assert.deepEqual(await ids(user, 'm'), ['1-0', '1-1', '1-2', '1-3']);
   assert.equal((await begin(user, 'm')).state, 'terminal');
   assert.ok((await redis.client.pttl(keys.log(user, 'm'))) > 0);
@@ -149,23 +156,17 @@ test('finish does not close a log that lacks frames; restore puts them back unde
   const attempt = await running(user, 'm');
   await append(attempt, 1, 'a');
   const texts = ['a', 'b', 'c']; // 2 and 3 were lost by a failover
-  assert.deepEqual(
-    await store.finish(attempt, null, 4, { type: 'done', finishReason: 'stop', length: 3 }, false),
-    {
-      state: 'behind',
-      top: '1-1',
-    },
-  );
+  assert.deepEqual(await store.finish(attempt, null, 4, DONE, KEEP), {
+    state: 'behind',
+    top: '1-1',
+  });
   assert.equal((await store.restore(attempt, texts)).state, 'restored');
   assert.equal((await store.restore(attempt, texts)).state, 'restored', 'safe to repeat');
   assert.deepEqual(await ids(user, 'm'), ['1-0', '1-1', '1-2', '1-3']);
   await redis.client.del(keys.log(user, 'm')); // all of it lost
   assert.equal((await store.restore(attempt, texts)).state, 'restored');
   assert.deepEqual(await ids(user, 'm'), ['1-0', '1-1', '1-2', '1-3']);
-  assert.equal(
-    (await store.finish(attempt, null, 4, { type: 'done', finishReason: 'stop', length: 3 }, false)).state,
-    'ended',
-  );
+  assert.equal((await store.finish(attempt, null, 4, DONE, KEEP)).state, 'ended');
 });
 
 test('cancel ends it at once, keeps the text, counts UTF-16 units, and fences the worker', async () => {
@@ -218,7 +219,7 @@ test('a compacted generation replays as start, one token, terminal', async () =>
   const attempt = await running(user, 'm');
   for (const [index, text] of ['a "quoted"', ' \n', 'é'].entries()) await append(attempt, index + 1, text);
   assert.equal(await store.compact(user, 'm'), false, 'not while it runs');
-  await store.finish(attempt, null, 4, { type: 'done', finishReason: 'stop', length: 13 }, false);
+  await store.finish(attempt, null, 4, { type: 'done', finishReason: 'stop', length: 13 }, KEEP);
   assert.equal(await store.compact(user, 'm'), true);
   assert.equal(await store.compact(user, 'm'), false);
   assert.equal(await redis.client.exists(keys.log(user, 'm')), 0);
@@ -235,6 +236,71 @@ test('a compacted generation replays as start, one token, terminal', async () =>
   assert.match(String(await append(attempt, 5, 'zombie')), /null/);
   const bytes = Number(await redis.client.memory('USAGE', keys.generation(user, 'm')));
   assert.ok(bytes < 1_500, `${bytes} bytes`);
+});
+
+test('an answer that is there at once never has a log: finish puts it into its record, safe to repeat', async () => {
+  const user = nextUser();
+  await admit(user, 'm');
+  const begun = await begin(user, 'm');
+  assert.ok(begun.state === 'run' && !begun.opened && begun.before === '');
+  assert.equal(await redis.client.exists(keys.log(user, 'm')), 0);
+  const attempt = { user, messageId: 'm', attempt: 1, worker: 'w1', node: 'n1', entry: '1-1' };
+  const finish = (opened = false) =>
+    store.finish(attempt, { seq: 1, text: 'yes' }, 2, DONE, { acknowledge: true, opened });
+  assert.equal((await finish(true)).state, 'behind', 'a log that was made and is gone is not an answer');
+  for (let repeat = 0; repeat < 2; repeat++)
+    assert.deepEqual(await finish(), {
+      state: 'ended',
+      routes: ['n1'],
+      acknowledged: true,
+      compacted: true,
+    });
+  assert.equal(await redis.client.exists(keys.log(user, 'm')), 0);
+  assert.equal(await openLog(attempt), null, 'nothing brings its log back');
+  assert.equal((await begin(user, 'm')).state, 'terminal');
+  const attached = await store.attach(user, 'm', 'n2', '');
+  assert.ok(attached.state === 'attached' && attached.compacted && attached.recovered);
+  assert.deepEqual(
+    attached.entries.map(({ id, terminal }) => [id, terminal]),
+    [
+      ['1-0', false],
+      ['1-1', false],
+      ['1-2', true],
+    ],
+  );
+});
+
+test('a first attempt that was replaced before it had a log can neither make one nor end', async () => {
+  const user = nextUser();
+  await admit(user, 'm');
+  const begun = await begin(user, 'm', 'w1');
+  assert.ok(begun.state === 'run' && !begun.opened);
+  const first = { user, messageId: 'm', attempt: 1, worker: 'w1', node: 'n1', entry: '1-1' };
+  const second = await begin(user, 'm', 'w2');
+  assert.ok(
+    second.state === 'run' && second.opened,
+    'the start of a second attempt is what keeps the first one out',
+  );
+  assert.equal(await openLog(first), null);
+  assert.match(String(await append(first, 1, 'zombie')), /equal or smaller/);
+  const finished = await store.finish(first, { seq: 1, text: 'zombie' }, 2, DONE, {
+    acknowledge: true,
+    opened: false,
+  });
+  assert.equal(finished.state, 'fenced');
+  assert.deepEqual(await ids(user, 'm'), ['2-0']);
+
+  await admit(user, 'stopped');
+  const stopped = { ...first, messageId: 'stopped' };
+  assert.equal((await begin(user, 'stopped', 'w1')).state, 'run');
+  const cancelled = await store.cancel(user, 'stopped');
+  assert.ok(cancelled.state === 'cancelled' && cancelled.before === '');
+  assert.equal(await openLog(stopped), null);
+  assert.equal(
+    (await store.finish(stopped, null, 1, DONE, { acknowledge: true, opened: false })).state,
+    'fenced',
+  );
+  assert.deepEqual(await ids(user, 'stopped'), ['2-0']);
 });
 
 test('tries run out by begin, also when every worker dies', async () => {

@@ -272,7 +272,10 @@ test('the quota counts a message once, and gives back what failed or was not que
         ? ({ type, finishReason: 'stop', length: 0 } as const)
         : ({ type, code: 'model_error', message: 'x', temporary: false } as const);
     for (let repeat = 0; repeat < 2; repeat++)
-      assert.equal((await store.finish(attempt, null, 1, terminal, false)).state, 'ended');
+      assert.equal(
+        (await store.finish(attempt, null, 1, terminal, { acknowledge: false, opened: false })).state,
+        'ended',
+      );
   };
   assert.equal((await admit('m1')).state, 'created');
   assert.equal((await admit('m1')).state, 'joined');

@@ -237,7 +237,7 @@ export const slowReaders: FaultClass = {
       ...QUICK,
       gateways: 1,
       // A small heap: without it the collector lets garbage pile up, which looks like memory that is held.
-      gatewayEnv: { ...QUICK.gatewayEnv, NODE_OPTIONS: '--max-old-space-size=96' },
+      gatewayEnv: { ...QUICK.gatewayEnv, NODE_OPTIONS: '--max-old-space-size=128' },
       workerEnv: {
         ...QUICK.workerEnv,
         HANDLER: 'test/fixtures/long-answer-handler.ts',
@@ -251,9 +251,12 @@ export const slowReaders: FaultClass = {
     const slow = new Crowd(count, { urls: stage.urls, tally, random });
     let peak = 0;
     const sampling = setInterval(() => {
-      void residentBytes(pid).then((bytes) => {
-        peak = Math.max(peak, bytes);
-      });
+      residentBytes(pid).then(
+        (bytes) => {
+          peak = Math.max(peak, bytes);
+        },
+        () => {}, // it has died: its clients tell
+      );
     }, 50);
     try {
       const next = await demoQuestions(random, 100, 1_500);

@@ -132,9 +132,9 @@ test('an inbox that overflows says so, once, and delivers what is left', async (
   const reader = await open(ben, n2);
   const dropped = await reader.next('inbox');
   assert.equal(dropped.dropped, true);
-  const all: string[] = [];
-  while (all.at(-1) !== '124') all.push((await reader.next('message')).contents);
-  assert.equal(all.length, 120);
+  const all = new Set<string>(); // which of them are the oldest depends on which had to be sent again
+  while (all.size < 120) all.add((await reader.next('message')).contents);
+  assert.equal(messages(reader).length, 120);
   assert.equal(reader.frames.filter((frame) => frame.type === 'inbox').length, 1);
   assert.ok(reader.frames.findIndex((frame) => frame.type === 'inbox') < 3, 'before the messages');
 });
