@@ -252,13 +252,6 @@ test('HTTP that is none, or two things at once', async () => {
       /^400/,
       `POST /api/chat HTTP/1.1\r\n${host}transfer-encoding: chunked\r\n\r\nzz\r\n\r\n`,
     ],
-    ['a long header', /^431/, `GET / HTTP/1.1\r\n${host}x: ${'a'.repeat(20_000)}\r\n\r\n`],
-    ['a long URL', /^(404|414|431|505)/, `GET /${'a'.repeat(20_000)} HTTP/1.1\r\n${host}\r\n`],
-    [
-      'a body above the limit',
-      /^413/,
-      `POST /api/chat HTTP/1.1\r\n${host}content-length: 2000000\r\n\r\n${'x'.repeat(20_000)}`,
-    ],
   ];
   for (const [name, expected, bytes] of wrong)
     assert.match((await statuses(bytes)).lines[0]!, expected, name);
@@ -283,7 +276,7 @@ test('what is too large is refused, and the gateway reads no further', async () 
   ];
   for (const [name, expected, bytes] of large) {
     const [line] = (await statuses(bytes)).lines;
-    // The end of the connection may reach a client in the middle of its write: Node then reads no more.
+    // The end of the connection may reach a client in the middle of its write, and then takes the answer with it.
     if (line !== undefined) assert.match(line, expected, name);
     assert.deepEqual((await statuses(`GET /healthz HTTP/1.1\r\n${host}connection: close\r\n\r\n`)).lines, [
       '200',
