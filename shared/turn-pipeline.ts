@@ -32,6 +32,7 @@ interface Waiter {
 }
 
 const MOST_WAITING = 200_000; // commands without an answer; beyond it something is badly wrong
+const FLUSH_UNITS = 8_192; // Redis gets to work while the rest of a busy turn goes on here
 const EMPTY = '';
 
 export function createTurnPipeline(redis: Redis): TurnPipeline {
@@ -113,6 +114,7 @@ export function createTurnPipeline(redis: Redis): TurnPipeline {
     waiting += waiter.left;
     waiters.push(waiter);
     outgoing += encoded;
+    if (outgoing.length > FLUSH_UNITS) writeOut();
     if (scheduled) return;
     scheduled = true;
     setImmediate(flush);
@@ -120,6 +122,10 @@ export function createTurnPipeline(redis: Redis): TurnPipeline {
 
   function flush(): void {
     scheduled = false;
+    writeOut();
+  }
+
+  function writeOut(): void {
     if (!ready || outgoing === EMPTY) return;
     const text = outgoing;
     outgoing = EMPTY;
