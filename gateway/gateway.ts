@@ -31,7 +31,7 @@ import { createPeople } from './people.ts';
 import { createPolicies } from './policy/create-policies.ts';
 import { tellPositions } from './queue-positions.ts';
 import { createAddressLimit, createFrameRates } from './rate-limits.ts';
-import { type ReplyTail, tailReplies } from './reply-tail.ts';
+import { tailReplies } from './reply-tail.ts';
 import { Session, type SessionParts } from './session.ts';
 import {
   type Connection,
@@ -48,6 +48,7 @@ const HEARTBEAT_MS = 25_000; // below the 30 s and 60 s idle timeouts of common 
 const INIT_MS = 60_000; // a socket that never says who it is holds a place no longer
 const TAIL_STILL_MS = 4_500; // a blocked read of 1 s and the watchdog's 3 s; more means that nothing moves
 const HEAL_MS = 1_000;
+const TRIM_ENTRIES = 2_000; // of the reply stream at a time: about a millisecond of Redis' time
 const SNAPSHOT_MS = 1_000;
 const CLOSE_BATCH = 500; // sockets closed at a time, so that a node's clients do not come back at once
 
@@ -105,7 +106,6 @@ export async function startGateway(config: GatewayConfig, log: Logger): Promise<
     closers.push(() => delivery.stop());
 
     const startedAt = Date.now();
-    let tail = null as ReplyTail | null;
     const lease = await holdNodeLease({
       node,
       registry,
@@ -117,8 +117,6 @@ export async function startGateway(config: GatewayConfig, log: Logger): Promise<
       }),
       onBeat: async () => {
         await redis.client.pexpire(keys.replies(node), 600_000);
-        // What was read is of no use to anybody, and entries for many recipients are not small.
-        if (tail?.cursor) await redis.client.xtrim(keys.replies(node), 'MINID', '~', tail.cursor);
       },
       log,
     });
@@ -141,7 +139,7 @@ export async function startGateway(config: GatewayConfig, log: Logger): Promise<
     closers.push(() => people.stop());
 
     let frames = 0;
-    const tailing = tailReplies({
+    const tail = tailReplies({
       node,
       keys,
       redis: tailRedis,
@@ -161,9 +159,8 @@ export async function startGateway(config: GatewayConfig, log: Logger): Promise<
       log,
       signal: stopping.signal,
     });
-    tail = tailing;
-    await tailing.opened;
-    closers.push(() => tailing.ended);
+    await tail.opened;
+    closers.push(() => tail.ended);
 
     const desk = createAdmission({
       node,
@@ -183,6 +180,10 @@ export async function startGateway(config: GatewayConfig, log: Logger): Promise<
         metrics.frames.inc(frames);
         frames = 0;
         if (!redis.isReady()) continue;
+        // What was read is of no use to anybody, and entries for many recipients are not small.
+        await redis.client
+          .xtrim(keys.replies(node), 'MINID', '~', tail.cursor, 'LIMIT', TRIM_ENTRIES)
+          .catch(() => {}); // the streams are bounded without it
         await delivery
           .heal((batch) => store.tops(batch))
           .catch((error: Error) =>
@@ -297,7 +298,7 @@ export async function startGateway(config: GatewayConfig, log: Logger): Promise<
       async notReady() {
         if (draining) return 'draining';
         if (!redis.isReady()) return 'no connection to Redis';
-        if (Date.now() - tailing.lastMs > TAIL_STILL_MS) return 'the reply tail does not move';
+        if (Date.now() - tail.lastMs > TAIL_STILL_MS) return 'the reply tail does not move';
         const answered = await Promise.race([
           redis.client.ping().then(
             () => true,

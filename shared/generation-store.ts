@@ -77,6 +77,15 @@ export type Finished =
   | { state: 'fenced' }
   | { state: 'behind'; top: string };
 
+/** A finished answer in one piece. */
+export interface WholeAnswer {
+  text: string;
+  /** Id of its last token, or ''. */
+  last: string;
+  /** `<id> <type> <the other fields as JSON>` */
+  terminal: string;
+}
+
 export type Cancelled =
   | { state: 'unknown' }
   | { state: 'ended'; status: GenerationStatus }
@@ -489,12 +498,16 @@ export function createGenerationStore({
       return state === 'ended' ? { state, status: value as GenerationStatus } : { state, node: value };
     },
 
-    async compact(user: string, messageId: string): Promise<boolean> {
+    /**
+     * Moves the log of a finished answer into its record.
+     * @param answer what its worker still has at hand: saves Redis reading its log
+     */
+    async compact(user: string, messageId: string, answer: WholeAnswer | null = null): Promise<boolean> {
       return (
         (await redis.script(
           'compact',
           [keys.generation(user, messageId), keys.log(user, messageId)],
-          [COMPACT_BYTES],
+          answer ? [COMPACT_BYTES, answer.terminal, answer.last, answer.text] : [COMPACT_BYTES],
         )) === 1
       );
     },

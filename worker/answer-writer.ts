@@ -11,6 +11,7 @@ import {
   type GenerationStore,
   splitRoutes,
   type Terminal,
+  type WholeAnswer,
 } from '../shared/generation-store.ts';
 import { isConnectionError } from '../shared/redis.ts';
 import type { FrameKind } from '../shared/reply-stream.ts';
@@ -39,7 +40,7 @@ export class AnswerWriter {
   /** Text of each token frame; frame `seq` is at `seq - 1`. */
   private readonly texts: string[] = [];
   /** Text that waits: whole frames, and what does not fill one yet. */
-  private whole: string[] = [];
+  private wholeFrames: string[] = [];
   private pending = '';
   private inFlight = 0;
   private publishedSeq = 0;
@@ -54,6 +55,7 @@ export class AnswerWriter {
   private units = 0;
   private bytes = 0;
   private ended = false;
+  private terminal = ''; // its frame as the record of a compacted answer has it, once it is written
   fenced = false;
   lastAppendMs = Date.now();
 
@@ -119,24 +121,24 @@ export class AnswerWriter {
       const end = last >= 0xd800 && last < 0xdc00 ? FRAME_UNITS - 1 : FRAME_UNITS;
       const frame = this.pending.slice(0, end);
       this.pending = this.pending.slice(end);
-      this.whole.push(frame);
+      this.wholeFrames.push(frame);
       this.bytes += Buffer.byteLength(frame);
     }
   }
 
   private get hasText(): boolean {
-    return this.whole.length > 0 || this.pending !== '';
+    return this.wholeFrames.length > 0 || this.pending !== '';
   }
 
   /** Whether there is text to append now: whole frames follow each other, less than that waits for the one before. */
   private canTake(): boolean {
-    return this.whole.length > 0
+    return this.wholeFrames.length > 0
       ? this.inFlight < MOST_IN_FLIGHT
       : this.pending !== '' && this.inFlight === 0;
   }
 
   private dropText(): void {
-    this.whole = [];
+    this.wholeFrames = [];
     this.pending = '';
   }
 
@@ -145,7 +147,7 @@ export class AnswerWriter {
    */
   async finish(terminal: Terminal): Promise<Extract<Finished, { state: 'ended' }> | null> {
     const { store, logger } = this.parts;
-    while (!this.fenced && this.whole.length > 0) {
+    while (!this.fenced && this.wholeFrames.length > 0) {
       if (this.canTake()) this.schedule();
       await this.changed();
     }
@@ -185,6 +187,7 @@ export class AnswerWriter {
           'e',
           encodeTerminal(messageId, id, type, JSON.stringify(rest)),
         );
+        this.terminal = `${id} ${type} ${JSON.stringify(rest)}`;
         return finished;
       } catch (error) {
         // Safe to repeat: `finish` knows its own terminal frame.
@@ -225,6 +228,17 @@ export class AnswerWriter {
     this.notify();
   }
 
+  /** The answer as its record keeps it; null before its end. */
+  whole(): WholeAnswer | null {
+    if (this.terminal === '') return null;
+    const { length } = this.texts;
+    return {
+      text: this.texts.join(''),
+      last: length > 0 ? formatFrameId(this.attempt.attempt, length) : '',
+      terminal: this.terminal,
+    };
+  }
+
   // What the appender calls.
 
   /** Whether the log has to be made first; the answer goes to `logOpened`, or to `refused`. */
@@ -248,7 +262,7 @@ export class AnswerWriter {
   take(): { seq: number; text: string } | null {
     this.scheduled = false;
     if (!this.hasText || this.fenced || this.mending || this.ended) return null;
-    let text = this.whole.shift();
+    let text = this.wholeFrames.shift();
     if (text === undefined) {
       text = this.pending;
       this.pending = '';
@@ -256,7 +270,7 @@ export class AnswerWriter {
     }
     this.texts.push(text);
     this.inFlight++;
-    if (this.whole.length > 0 && this.canTake()) this.schedule();
+    if (this.wholeFrames.length > 0 && this.canTake()) this.schedule();
     return { seq: this.texts.length, text };
   }
 

@@ -7,11 +7,12 @@ import type { RunningRequest } from './run-request.ts';
 
 /**
  * Keeps what runs here ours, and learns when it is not. Two loops over the running requests:
- * every third of the lease the claims are extended, for entries that Redis still counts as ours; and every
+ * every third of the lease the claims are extended, few at a time, for entries that Redis still counts as ours; and every
  * `WATCH_MS` the records of answers without a recent append are read, so that a cancel stops a model that has not
  * said a word yet. The same loop ends what takes longer than GENERATION_TIMEOUT_MS, so that no answer needs a timer.
  */
 
+const EXTEND_BATCH = 32; // of Redis' time, under half a millisecond
 const WATCH_MS = 1_000; // the design's bound for a cancel before the first token
 
 export function keepLeases(parts: {
@@ -33,22 +34,36 @@ export function keepLeases(parts: {
       const { node } = running.request;
       byNode.set(node, [...(byNode.get(node) ?? []), running]);
     }
-    const beats = [...parts.running()].filter((running) => running.writer && !running.writer.fenced);
-    await redis.batch(beats.map((running) => store.beatCommand(running.writer!.attempt)));
-    for (const [node, list] of byNode) {
-      const lost = new Set(
-        await queue.extend(
-          node,
-          worker,
-          list.map((running) => running.request.entry),
-        ),
-      );
-      for (const running of list) {
-        if (!lost.has(running.request.entry) || running.writer?.isEnded) continue; // acknowledged meanwhile
-        // The claim is gone (deleted stream, destroyed group, or claimed by another). The log decides who goes on.
-        log.warn({ entry: running.request.entry, node }, 'claim lost; comparing with the log');
-        running.writer?.check();
-      }
+    const batches = [...byNode].flatMap(([node, list]) =>
+      Array.from({ length: Math.ceil(list.length / EXTEND_BATCH) }, (_, index) => ({
+        node,
+        list: list.slice(index * EXTEND_BATCH, (index + 1) * EXTEND_BATCH),
+      })),
+    );
+    const pauseMs = leaseMs / 6 / batches.length; // all of them within half of the time until the next round
+    for (const [index, { node, list }] of batches.entries()) {
+      if (index > 0) await delay(pauseMs, undefined, { signal }).catch(() => {});
+      await extendSome(node, list);
+    }
+  }
+
+  async function extendSome(node: string, list: RunningRequest[]): Promise<void> {
+    const beats = list.filter(
+      (running) => running.writer && !running.writer.fenced && !running.writer.isEnded,
+    );
+    const [lost] = await Promise.all([
+      queue.extend(
+        node,
+        worker,
+        list.map((running) => running.request.entry),
+      ),
+      redis.batch(beats.map((running) => store.beatCommand(running.writer!.attempt))),
+    ]);
+    for (const running of list) {
+      if (!lost.includes(running.request.entry) || running.writer?.isEnded) continue; // acknowledged meanwhile
+      // The claim is gone (deleted stream, destroyed group, or claimed by another). The log decides who goes on.
+      log.warn({ entry: running.request.entry, node }, 'claim lost; comparing with the log');
+      running.writer?.check();
     }
   }
 

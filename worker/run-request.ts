@@ -1,7 +1,7 @@
 import type { Logger } from 'pino';
 import { backoffMs } from '../shared/backoff.ts';
 import { RivuletError } from '../shared/errors.ts';
-import type { Attempt, GenerationStore, Terminal } from '../shared/generation-store.ts';
+import type { Attempt, GenerationStore, Terminal, WholeAnswer } from '../shared/generation-store.ts';
 import type { ChatPayload } from '../shared/protocol.ts';
 import type { QueuedRequest, RequestQueue } from '../shared/request-queue.ts';
 import { AnswerWriter } from './answer-writer.ts';
@@ -28,7 +28,7 @@ export interface RequestParts {
   appender: Appender;
   log: Logger;
   /** Remembers a finished log for compaction. */
-  compactLater(user: string, messageId: string): void;
+  compactLater(user: string, messageId: string, answer: WholeAnswer | null): void;
   /** Metrics and traces of one attempt. */
   watch(request: QueuedRequest): AttemptWatch;
   /** For numbers and views. */
@@ -185,7 +185,7 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
     return 'done';
 
     async function settle({ acknowledged, compacted }: { acknowledged: boolean; compacted: boolean }) {
-      if (!compacted) parts.compactLater(request.user, request.messageId);
+      if (!compacted) parts.compactLater(request.user, request.messageId, writer.whole());
       if (!acknowledged) await queue.ack(request, worker);
     }
 
@@ -254,7 +254,7 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
         { attempt: attempt.attempt, status: record?.status ?? 'gone', owner: record?.owner },
         'attempt replaced',
       );
-      if (record?.status === 'cancelled') parts.compactLater(request.user, request.messageId);
+      if (record?.status === 'cancelled') parts.compactLater(request.user, request.messageId, null);
       return record?.status === 'cancelled' ? 'cancelled' : 'fenced';
     }
   }

@@ -1,6 +1,6 @@
 import { setTimeout as delay } from 'node:timers/promises';
 import type { Logger } from 'pino';
-import type { GenerationStore } from '../shared/generation-store.ts';
+import type { GenerationStore, WholeAnswer } from '../shared/generation-store.ts';
 import type { NodeRegistry } from '../shared/node-registry.ts';
 import { GROUP, type QueuedRequest, type RequestQueue } from '../shared/request-queue.ts';
 import type { WorkerConfig } from './config.ts';
@@ -17,9 +17,19 @@ import type { WorkerConfig } from './config.ts';
 const RETRY_STEP_MS = 250; // how late a due retry may start
 const HOUSEKEEPING_MS = 10_000;
 const SWEEPERS = 4; // workers' worth of looks at each node: more workers share them, or they would weigh on Redis
-const COMPACT_BATCH = 200;
+const COMPACT_BATCH = 4; // a finished answer each: others' commands get between them
+const COMPACT_STEP_MS = 20;
 const ATTEMPTS_ALONE = 2;
 const GONE_AFTER_MS = 60_000; // a node or consumer that is silent and empty for so long is forgotten
+
+/** A finished answer whose log goes into its record. */
+export interface Compaction {
+  user: string;
+  messageId: string;
+  due: number;
+  /** What its worker still has at hand; else it is read from the log. */
+  answer: WholeAnswer | null;
+}
 
 export function startSweeper(parts: {
   worker: string;
@@ -32,7 +42,9 @@ export function startSweeper(parts: {
   /** What this worker runs or is about to. */
   held: () => QueuedRequest[];
   start: (request: QueuedRequest) => void;
-  compactions: { user: string; messageId: string; due: number }[];
+  compactions: Compaction[];
+  /** A text that was kept is not needed any more. */
+  onCompacted: (answer: WholeAnswer) => void;
   onTakeovers: (count: number) => void;
   log: Logger;
   signal: AbortSignal;
@@ -68,14 +80,20 @@ export function startSweeper(parts: {
     }
   }
 
+  /** Few at a time, as they fall due: a second's worth at once would hold up everybody's tokens. */
   async function compact(): Promise<void> {
-    const now = Date.now();
-    while (compactions.length > 0 && compactions[0]!.due <= now && !signal.aborted)
-      await Promise.all(
-        compactions
-          .splice(0, COMPACT_BATCH)
-          .map(({ user, messageId }) => store.compact(user, messageId).catch(() => false)),
-      );
+    while (!signal.aborted) {
+      const now = Date.now();
+      const waitMs = Math.max(COMPACT_STEP_MS, Math.min(1_000, (compactions[0]?.due ?? Infinity) - now));
+      await delay(waitMs, undefined, { signal }).catch(() => {});
+      while (compactions.length > 0 && compactions[0]!.due <= Date.now() && !signal.aborted)
+        await Promise.all(
+          compactions.splice(0, COMPACT_BATCH).map(({ user, messageId, answer }) => {
+            if (answer) parts.onCompacted(answer);
+            return store.compact(user, messageId, answer).catch(() => false);
+          }),
+        );
+    }
   }
 
   async function housekeep(): Promise<void> {
@@ -106,7 +124,7 @@ export function startSweeper(parts: {
   return Promise.all([
     every(RETRY_STEP_MS, 'promote', promote),
     every(config.LEASE_MS / 3, 'claim', claim),
-    every(1_000, 'compact', compact),
+    compact(),
     every(HOUSEKEEPING_MS, 'housekeep', housekeep),
   ]).then(() => {});
 }

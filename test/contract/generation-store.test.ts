@@ -213,30 +213,34 @@ test('resume reads what comes after an id; an id that is not in the log replays 
   assert.equal((await store.attach(user, 'other', 'n1', '')).state, 'unknown');
 });
 
-test('a compacted generation replays as start, one token, terminal', async () => {
-  const user = nextUser();
-  await admit(user, 'm');
-  const attempt = await running(user, 'm');
-  for (const [index, text] of ['a "quoted"', ' \n', 'é'].entries()) await append(attempt, index + 1, text);
-  assert.equal(await store.compact(user, 'm'), false, 'not while it runs');
-  await store.finish(attempt, null, 4, { type: 'done', finishReason: 'stop', length: 13 }, KEEP);
-  assert.equal(await store.compact(user, 'm'), true);
-  assert.equal(await store.compact(user, 'm'), false);
-  assert.equal(await redis.client.exists(keys.log(user, 'm')), 0);
-  const attached = await store.attach(user, 'm', 'n1', '1-2');
-  assert.ok(attached.state === 'attached' && attached.compacted && !attached.recovered);
-  assert.deepEqual(
-    attached.entries.map((entry) => JSON.parse(entry.frame)),
-    [
-      { type: 'start', messageId: 'm', id: '1-0', attempt: 1 },
-      { type: 'token', messageId: 'm', id: '1-3', text: 'a "quoted" \né' },
-      { type: 'done', messageId: 'm', id: '1-4', finishReason: 'stop', length: 13 },
-    ],
-  );
-  assert.match(String(await append(attempt, 5, 'zombie')), /null/);
-  const bytes = Number(await redis.client.memory('USAGE', keys.generation(user, 'm')));
-  assert.ok(bytes < 1_500, `${bytes} bytes`);
-});
+for (const atHand of [false, true])
+  test(`a compacted generation replays as start, one token, terminal${atHand ? ', from what its worker has' : ''}`, async () => {
+    const user = nextUser();
+    await admit(user, 'm');
+    const attempt = await running(user, 'm');
+    for (const [index, text] of ['a "quoted"', ' \n', 'é'].entries()) await append(attempt, index + 1, text);
+    assert.equal(await store.compact(user, 'm'), false, 'not while it runs');
+    await store.finish(attempt, null, 4, { type: 'done', finishReason: 'stop', length: 13 }, KEEP);
+    const whole = { text: 'a "quoted" \né', last: '1-3' };
+    assert.equal(await store.compact(user, 'm', { ...whole, terminal: '1-5 done {}' }), false, 'another end');
+    const terminal = '1-4 done {"finishReason":"stop","length":13}';
+    assert.equal(await store.compact(user, 'm', atHand ? { ...whole, terminal } : null), true);
+    assert.equal(await store.compact(user, 'm'), false);
+    assert.equal(await redis.client.exists(keys.log(user, 'm')), 0);
+    const attached = await store.attach(user, 'm', 'n1', '1-2');
+    assert.ok(attached.state === 'attached' && attached.compacted && !attached.recovered);
+    assert.deepEqual(
+      attached.entries.map((entry) => JSON.parse(entry.frame)),
+      [
+        { type: 'start', messageId: 'm', id: '1-0', attempt: 1 },
+        { type: 'token', messageId: 'm', id: '1-3', text: 'a "quoted" \né' },
+        { type: 'done', messageId: 'm', id: '1-4', finishReason: 'stop', length: 13 },
+      ],
+    );
+    assert.match(String(await append(attempt, 5, 'zombie')), /null/);
+    const bytes = Number(await redis.client.memory('USAGE', keys.generation(user, 'm')));
+    assert.ok(bytes < 1_500, `${bytes} bytes`);
+  });
 
 test('an answer that is there at once never has a log: finish puts it into its record, safe to repeat', async () => {
   const user = nextUser();
