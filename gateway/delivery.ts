@@ -203,7 +203,7 @@ export function createDelivery(parts: {
       lose(subscription);
       return false;
     }
-    if (!attached.compacted) {
+    if (!attached.whole) {
       const ended = attached.status !== 'queued' && attached.status !== 'running';
       if (ended && attached.entries.length === 0) {
         lose(subscription); // its log is gone, and with it the end that we have not seen
@@ -211,17 +211,19 @@ export function createDelivery(parts: {
       }
       return sendEntries(subscription, attached.entries);
     }
-    // It ended and was compacted while this client lagged behind: replay it in one piece.
-    subscription.follower.sendText(
-      JSON.stringify({
-        type: 'resumed',
-        messageId: subscription.messageId,
-        recovered: attached.recovered,
-        compacted: true,
-        status: attached.status,
-      }),
-    );
-    subscription.position = '';
+    // It ended, and its record holds it. What this client has of it may be in the middle: then it replays.
+    if (!attached.recovered) {
+      subscription.follower.sendText(
+        JSON.stringify({
+          type: 'resumed',
+          messageId: subscription.messageId,
+          recovered: false,
+          compacted: attached.compacted,
+          status: attached.status,
+        }),
+      );
+      subscription.position = '';
+    }
     for (const entry of attached.entries) send(subscription, entry.id, entry.terminal, entry.frame);
     remove(subscription);
     return false;
@@ -279,19 +281,20 @@ export function createDelivery(parts: {
     /**
      * Sends what an attach read, then what was held, then goes live.
      * @param more the log has more pages after these entries
+     * @param whole nothing follows them, now or later
      */
     release(
       subscription: Subscription,
       position: string,
       entries: LogEntry[],
       more: boolean,
-      compacted = false,
+      whole = false,
     ): void {
       if (subscription.state !== 'held') return;
       const { held } = subscription;
       subscription.held = [];
       subscription.state = 'live';
-      if (compacted) {
+      if (whole) {
         for (const entry of entries) send(subscription, entry.id, entry.terminal, entry.frame);
         remove(subscription);
         return;

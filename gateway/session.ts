@@ -398,7 +398,7 @@ export class Session implements Rated, Follower, MailboxOwner {
       this.reject(messageId, 'unknown_message');
       return;
     }
-    const { status, recovered, compacted, entries, more } = attached;
+    const { status, recovered, compacted, whole, entries, more } = attached;
     if (subscription.home === '' && (status === 'queued' || status === 'running')) {
       // The stream may have lost it, and nobody else may ever ask.
       const place = await desk.locate(this.userId, messageId, attached.node);
@@ -406,7 +406,7 @@ export class Session implements Rated, Follower, MailboxOwner {
     }
     this.send({ type: 'resumed', messageId, recovered, compacted, status });
     subscription.waiting = status === 'queued' && entries.length === 0;
-    delivery.release(subscription, recovered ? after : '', entries, more, compacted);
+    delivery.release(subscription, recovered ? after : '', entries, more, whole);
     const ended = status !== 'queued' && status !== 'running';
     if (!ended || entries.length > 0 || more) return;
     if (after !== '' && recovered)

@@ -44,7 +44,10 @@ export type Attached =
       state: 'attached';
       status: GenerationStatus;
       recovered: boolean;
+      /** What clients are told: it ended a while ago, and its tokens are one now. */
       compacted: boolean;
+      /** The record holds all of it: nothing follows these entries. */
+      whole: boolean;
       /** The node whose request stream carries it; empty when it has ended long ago. */
       node: string;
       entries: LogEntry[];
@@ -72,8 +75,8 @@ export type Terminal =
   | { type: 'failed'; code: ErrorCode; message: string; temporary: boolean };
 
 export type Finished =
-  /** `compacted`: the record holds all of it, there is no log. */
-  | { state: 'ended'; routes: string[]; acknowledged: boolean; compacted: boolean }
+  /** `whole`: the record holds all of it, there is no log. */
+  | { state: 'ended'; routes: string[]; acknowledged: boolean; whole: boolean }
   | { state: 'fenced' }
   | { state: 'behind'; top: string };
 
@@ -108,10 +111,13 @@ export function createGenerationStore({
   redis,
   keys,
   retentionMs,
+  compactAfterMs = 0,
 }: {
   redis: RedisConnection;
   keys: Keys;
   retentionMs: number;
+  /** For workers: how long an answer that never had a log does not count as compacted. */
+  compactAfterMs?: number;
 }) {
   const { client } = redis;
 
@@ -192,17 +198,25 @@ export function createGenerationStore({
       )) as [string, ...unknown[]];
       if (reply[0] === 'unknown') return { state: 'unknown' };
       if (reply[0] === 'compacted') {
-        const [, status, attempt, text, last, terminal] = reply as [string, GenerationStatus, ...string[]];
-        const entries = readCompacted(messageId, attempt!, text!, last!, terminal!);
-        const end = entries.at(-1)!;
-        const seenAll = after === end.id;
+        const [, status, attempt, text, last, terminal, fresh] = reply as [
+          string,
+          GenerationStatus,
+          string,
+          string,
+          string,
+          string,
+          number,
+        ];
+        const entries = readCompacted(messageId, attempt, text, last, terminal);
+        const seen = entries.findIndex(({ id }) => id === after); // -1 replays all of it
         return {
           state: 'attached',
           status,
-          recovered: after === '' || seenAll,
-          compacted: true,
+          recovered: after === '' || seen >= 0,
+          compacted: fresh === 0,
+          whole: true,
           node: '',
-          entries: seenAll ? [] : entries,
+          entries: entries.slice(seen + 1),
           more: false,
         };
       }
@@ -218,6 +232,7 @@ export function createGenerationStore({
         status,
         recovered: recovered === 1,
         compacted: false,
+        whole: false,
         node: home,
         entries: entries.map((entry) => readEntry(messageId, entry)),
         more: entries.length === ATTACH_PAGE,
@@ -409,6 +424,7 @@ export function createGenerationStore({
         JSON.stringify(rest),
         retentionMs,
         opened ? 0 : 1,
+        compactAfterMs,
       ];
       const together = acknowledge && !redis.isCluster;
       const reply = (await (together
@@ -424,7 +440,7 @@ export function createGenerationStore({
             state: 'ended',
             routes: splitRoutes(reply[1] ?? ''),
             acknowledged: together,
-            compacted: reply[2] === 1,
+            whole: reply[2] === 1,
           };
         case 'behind':
           return { state: 'behind', top: reply[1] ?? '' };

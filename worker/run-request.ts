@@ -184,8 +184,8 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
       );
     return 'done';
 
-    async function settle({ acknowledged, compacted }: { acknowledged: boolean; compacted: boolean }) {
-      if (!compacted) parts.compactLater(request.user, request.messageId, writer.whole());
+    async function settle({ acknowledged, whole }: { acknowledged: boolean; whole: boolean }) {
+      if (!whole) parts.compactLater(request.user, request.messageId, writer.whole());
       if (!acknowledged) await queue.ack(request, worker);
     }
 

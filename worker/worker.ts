@@ -51,7 +51,12 @@ export async function startWorker(config: WorkerConfig, handler: Handler, log: L
   });
   closers.push(() => redis.close());
   await redis.connected();
-  const store = createGenerationStore({ redis, keys, retentionMs: config.RETENTION_MS });
+  const store = createGenerationStore({
+    redis,
+    keys,
+    retentionMs: config.RETENTION_MS,
+    compactAfterMs: config.COMPACT_AFTER_MS,
+  });
   const queue = createRequestQueue({ redis, keys });
   const registry = createNodeRegistry({ redis, keys });
   const appender = createAppender({ redis, keys, store });

@@ -112,7 +112,7 @@ export function createAiDesk(parts: DeskParts) {
     const attached = await store.attach(stream.user, stream.messageId, node, '');
     if (hasEnded(subscription)) return true; // the client has left
     if (attached.state === 'unknown') return false;
-    const { status, compacted, entries, more } = attached;
+    const { status, whole, entries, more } = attached;
     let position: number | null = null;
     if (status === 'queued' || status === 'running') {
       const place = await desk.locate(stream.user, stream.messageId, attached.node);
@@ -125,7 +125,7 @@ export function createAiDesk(parts: DeskParts) {
     }
     if (hasEnded(subscription)) return true;
     stream.start(position);
-    delivery.release(subscription, '', entries, more, compacted);
+    delivery.release(subscription, '', entries, more, whole);
     return true;
   }
 

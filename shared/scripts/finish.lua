@@ -3,8 +3,8 @@
 -- KEYS: 1 record, 2 log, 3 the user's open generations, 4 the user's quota
 -- ARGV: 1 attempt, 2 worker, 3 message id, 4 status, 5 id of the last text or '', 6 last text,
 --       7 terminal id, 8 terminal type, 9 terminal frame without ids (JSON), 10 retention in ms,
---       11 '1' when its log was never opened
--- Returns {'ended', routes, compacted 0|1} (also when it was ended by this very call before) | {'fenced'}
+--       11 '1' when its log was never opened, 12 how long such an answer does not count as compacted, in ms
+-- Returns {'ended', routes, whole 0|1} (also when it was ended by this very call before) | {'fenced'}
 --       | {'behind', top id} the log lacks frames before these: append them first
 local record = redis.call('HMGET', KEYS[1], 'status', 'attempt', 'owner', 'routes', 'quota')
 local top = redis.call('XREVRANGE', KEYS[2], '+', '-', 'COUNT', 1)
@@ -17,11 +17,12 @@ if record[1] ~= 'running' or record[2] ~= ARGV[1] or record[3] ~= ARGV[2] then
   return { 'fenced' }
 end
 local first = ARGV[5] ~= '' and ARGV[5] or ARGV[7]
-local compacted = 0
+local whole = 0
 if ARGV[11] == '1' and top == '' then
-  compacted = 1
+  whole = 1
+  local time = redis.call('TIME')
   redis.call('HSET', KEYS[1], 'status', ARGV[4], 'text', ARGV[6], 'last', ARGV[5],
-    'terminal', ARGV[7] .. ' ' .. ARGV[8] .. ' ' .. ARGV[9])
+    'terminal', ARGV[7] .. ' ' .. ARGV[8] .. ' ' .. ARGV[9], 'fresh', time[1] * 1000 + tonumber(ARGV[12]))
   redis.call('HDEL', KEYS[1], 'payload', 'beat', 'entry', 'tries', 'node', 'admitted', 'owner')
 else
   local seq = tonumber(string.match(first, '%d+$'))
@@ -37,4 +38,4 @@ redis.call('HDEL', KEYS[3], ARGV[3])
 if record[5] and ARGV[4] == 'failed' and redis.call('HGET', KEYS[4], 'day') == record[5] then
   redis.call('HINCRBY', KEYS[4], 'used', -1) -- what failed does not count
 end
-return { 'ended', record[4] or '', compacted }
+return { 'ended', record[4] or '', whole }

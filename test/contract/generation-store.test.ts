@@ -23,7 +23,7 @@ before(async () => {
   const server = await startRedisServer({ dir });
   redis = createRedis({ url: server.url, name: 'contract' });
   await redis.connected();
-  store = createGenerationStore({ redis, keys, retentionMs: 60_000 });
+  store = createGenerationStore({ redis, keys, retentionMs: 60_000, compactAfterMs: 30_000 });
   queue = createRequestQueue({ redis, keys });
   stopServer = async () => {
     await redis.close();
@@ -142,8 +142,8 @@ test('finish is exact: last text, terminal frame, record; and safe to repeat', a
       { type: 'done', finishReason: 'stop', length: 9 },
       KEEP,
     );
-  assert.deepEqual(await finish(), { state: 'ended', routes: ['n1'], acknowledged: false, compacted: false });
-  assert.deepEqual(await finish(), { state: 'ended', routes: ['n1'], acknowledged: false, compacted: false });
+  assert.deepEqual(await finish(), { state: 'ended', routes: ['n1'], acknowledged: false, whole: false });
+  assert.deepEqual(await finish(), { state: 'ended', routes: ['n1'], acknowledged: false, whole: false });
   assert.deepEqual(await ids(user, 'm'), ['1-0', '1-1', '1-2', '1-3']);
   assert.equal((await begin(user, 'm')).state, 'terminal');
   assert.ok((await redis.client.pttl(keys.log(user, 'm'))) > 0);
@@ -257,21 +257,24 @@ test('an answer that is there at once never has a log: finish puts it into its r
       state: 'ended',
       routes: ['n1'],
       acknowledged: true,
-      compacted: true,
+      whole: true,
     });
   assert.equal(await redis.client.exists(keys.log(user, 'm')), 0);
   assert.equal(await openLog(attempt), null, 'nothing brings its log back');
   assert.equal((await begin(user, 'm')).state, 'terminal');
-  const attached = await store.attach(user, 'm', 'n2', '');
-  assert.ok(attached.state === 'attached' && attached.compacted && attached.recovered);
-  assert.deepEqual(
-    attached.entries.map(({ id, terminal }) => [id, terminal]),
-    [
-      ['1-0', false],
-      ['1-1', false],
-      ['1-2', true],
-    ],
-  );
+  const after = async (id: string) => {
+    const attached = await store.attach(user, 'm', 'n2', id);
+    assert.ok(attached.state === 'attached' && attached.whole);
+    return [attached.recovered, attached.compacted, attached.entries.map((entry) => entry.id)];
+  };
+  // For COMPACT_AFTER_MS it looks like any other that has just ended; every place in it is one of its frames.
+  assert.deepEqual(await after(''), [true, false, ['1-0', '1-1', '1-2']]);
+  assert.deepEqual(await after('1-0'), [true, false, ['1-1', '1-2']]);
+  assert.deepEqual(await after('1-1'), [true, false, ['1-2']]);
+  assert.deepEqual(await after('1-2'), [true, false, []]);
+  assert.deepEqual(await after('1-7'), [false, false, ['1-0', '1-1', '1-2']]);
+  await redis.client.hset(keys.generation(user, 'm'), 'fresh', Date.now() - 1_000);
+  assert.deepEqual(await after(''), [true, true, ['1-0', '1-1', '1-2']]);
 });
 
 test('a first attempt that was replaced before it had a log can neither make one nor end', async () => {
