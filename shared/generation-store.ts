@@ -352,12 +352,15 @@ export function createGenerationStore({
       }
     },
 
-    /** The command that makes the log of a first attempt. Answers with the routes, or null when it was replaced. */
-    openLogCommand({ user, messageId, attempt, worker }: Attempt): Command {
+    /**
+     * The command that makes the log of a first attempt, with its first text if there is any. Answers with the routes,
+     * or null when it was replaced.
+     */
+    openLogCommand({ user, messageId, attempt, worker }: Attempt, text: string | null): Command {
       return redis.scriptCommand(
         'open_log',
         [keys.generation(user, messageId), keys.log(user, messageId)],
-        [attempt, worker, OPEN_RECORD_MS],
+        text === null ? [attempt, worker, OPEN_RECORD_MS] : [attempt, worker, OPEN_RECORD_MS, text],
       );
     },
 

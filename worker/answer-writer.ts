@@ -132,6 +132,7 @@ export class AnswerWriter {
 
   /** Whether there is text to append now: whole frames follow each other, less than that waits for the one before. */
   private canTake(): boolean {
+    if (this.openingInFlight) return false;
     return this.wholeFrames.length > 0
       ? this.inFlight < MOST_IN_FLIGHT
       : this.pending !== '' && this.inFlight === 0;
@@ -241,19 +242,27 @@ export class AnswerWriter {
 
   // What the appender calls.
 
-  /** Whether the log has to be made first; the answer goes to `logOpened`, or to `refused`. */
-  takeOpening(): boolean {
-    if (this.opened || this.openingInFlight || this.fenced || this.mending || this.ended) return false;
+  /**
+   * Whether the log has to be made first, and with what text; the answer goes to `logOpened`, or to `refused`. Nothing
+   * else of this answer is sent meanwhile: were the log made late, a later frame could get in without the first.
+   */
+  takeOpening(): { text: string | null } | null {
+    if (this.opened || this.openingInFlight || this.fenced || this.mending || this.ended) return null;
+    this.scheduled = false;
     this.openingInFlight = true;
     this.inFlight++;
-    return true;
+    return { text: this.hasText ? this.takeText() : null };
   }
 
   logOpened(routes: string): void {
     this.inFlight--;
     this.openingInFlight = false;
     this.opened = true;
-    if (!this.mending && !this.fenced) this.publishStart(splitRoutes(routes), '');
+    if (!this.mending && !this.fenced) {
+      this.publishStart(splitRoutes(routes), '');
+      this.publishTexts(splitRoutes(routes));
+    }
+    this.lastAppendMs = Date.now();
     if (this.canTake()) this.schedule();
     this.notify();
   }
@@ -261,7 +270,14 @@ export class AnswerWriter {
   /** The next frame to append, or null. */
   take(): { seq: number; text: string } | null {
     this.scheduled = false;
-    if (!this.hasText || this.fenced || this.mending || this.ended) return null;
+    if (!this.hasText || this.openingInFlight || this.fenced || this.mending || this.ended) return null;
+    const text = this.takeText();
+    this.inFlight++;
+    if (this.wholeFrames.length > 0 && this.canTake()) this.schedule();
+    return { seq: this.texts.length, text };
+  }
+
+  private takeText(): string {
     let text = this.wholeFrames.shift();
     if (text === undefined) {
       text = this.pending;
@@ -269,9 +285,7 @@ export class AnswerWriter {
       this.bytes += Buffer.byteLength(text);
     }
     this.texts.push(text);
-    this.inFlight++;
-    if (this.wholeFrames.length > 0 && this.canTake()) this.schedule();
-    return { seq: this.texts.length, text };
+    return text;
   }
 
   stored(seq: number, routes: string): void {

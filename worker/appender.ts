@@ -6,7 +6,7 @@ import type { AnswerWriter } from './answer-writer.ts';
 
 /**
  * Carries the appends of every answer of this worker. All answers that have text in one event-loop turn share one
- * round trip: for each `XADD log`, `HGET routes`, and before its first the script that makes the log. What the log took is then published, all frames for a node in
+ * round trip: for each `XADD log`, `HGET routes`, or first the script that makes the log. What the log took is then published, all frames for a node in
  * one entry of its reply stream.
  *
  * Publishing waits for the log (unlike a blind pipeline of both): a worker that was replaced never shows a client
@@ -22,6 +22,8 @@ export interface Appender {
   flushed(): Promise<void>;
   readonly tokens: number;
 }
+
+const AWAY_MS = 20;
 
 export function createAppender({
   redis,
@@ -46,6 +48,12 @@ export function createAppender({
   }
 
   function turn() {
+    // While Redis is away nothing is lined up: it would be appended before the logs are compared with what was
+    // written, on a server that may have lost what came before.
+    if (!redis.isReady()) {
+      setTimeout(turn, AWAY_MS);
+      return;
+    }
     scheduled = false;
     const frames = outgoing;
     const writers = dirty;
@@ -54,9 +62,11 @@ export function createAppender({
     const commands: Command[] = [];
     const appended: { writer: AnswerWriter; seq: number }[] = [];
     for (const writer of writers) {
-      if (writer.takeOpening()) {
+      const opening = writer.takeOpening();
+      if (opening) {
         appended.push({ writer, seq: 0 });
-        commands.push(store.openLogCommand(writer.attempt));
+        commands.push(store.openLogCommand(writer.attempt, opening.text));
+        continue;
       }
       const append = writer.take();
       if (!append) continue;

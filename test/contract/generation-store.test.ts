@@ -58,8 +58,10 @@ async function running(user: string, messageId: string, worker = 'w1', entry = '
   return attempt;
 }
 
-async function openLog(attempt: Attempt): Promise<Error | null | unknown> {
-  const [[error, routes]] = (await redis.batch([store.openLogCommand(attempt)])) as [[Error | null, unknown]];
+async function openLog(attempt: Attempt, text: string | null = null): Promise<Error | null | unknown> {
+  const [[error, routes]] = (await redis.batch([store.openLogCommand(attempt, text)])) as [
+    [Error | null, unknown],
+  ];
   return error ?? routes;
 }
 
@@ -275,6 +277,17 @@ test('an answer that is there at once never has a log: finish puts it into its r
   assert.deepEqual(await after('1-7'), [false, false, ['1-0', '1-1', '1-2']]);
   await redis.client.hset(keys.generation(user, 'm'), 'fresh', Date.now() - 1_000);
   assert.deepEqual(await after(''), [true, true, ['1-0', '1-1', '1-2']]);
+});
+
+test('a log begins with its start and its first text in one step, safe to repeat', async () => {
+  const user = nextUser();
+  await admit(user, 'm');
+  await begin(user, 'm');
+  const attempt = { user, messageId: 'm', attempt: 1, worker: 'w1', node: 'n1', entry: '1-1' };
+  for (let repeat = 0; repeat < 2; repeat++) assert.equal(await openLog(attempt, 'first'), 'n1');
+  assert.deepEqual(await ids(user, 'm'), ['1-0', '1-1']);
+  assert.equal(await append(attempt, 2, 'second'), '1-2');
+  assert.ok((await redis.client.pttl(keys.log(user, 'm'))) > 0);
 });
 
 test('a first attempt that was replaced before it had a log can neither make one nor end', async () => {
