@@ -19,7 +19,8 @@ import { GROUP } from './request-queue.ts';
 const OPEN_RECORD_MS = 24 * 3_600_000;
 const PAGE = 500; // entries a range read may return
 const ATTACH_PAGE = 64; // the first ones of a resume: a thousand may come at once, and an entry may have 48 KB
-const COMPACT_BYTES = 65_536; // of text, at the most
+/** Of UTF-8 text: longer answers stay logs until they expire. */
+export const COMPACT_BYTES = 65_536;
 
 export interface LogEntry {
   id: string;

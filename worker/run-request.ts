@@ -1,7 +1,13 @@
 import type { Logger } from 'pino';
 import { backoffMs } from '../shared/backoff.ts';
 import { RivuletError } from '../shared/errors.ts';
-import type { Attempt, GenerationStore, Terminal, WholeAnswer } from '../shared/generation-store.ts';
+import {
+  type Attempt,
+  COMPACT_BYTES,
+  type GenerationStore,
+  type Terminal,
+  type WholeAnswer,
+} from '../shared/generation-store.ts';
 import type { ChatPayload } from '../shared/protocol.ts';
 import type { QueuedRequest, RequestQueue } from '../shared/request-queue.ts';
 import { AnswerWriter } from './answer-writer.ts';
@@ -185,7 +191,9 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
     return 'done';
 
     async function settle({ acknowledged, whole }: { acknowledged: boolean; whole: boolean }) {
-      if (!whole) parts.compactLater(request.user, request.messageId, writer.whole());
+      // A long text would stay a log anyway; see compact.lua.
+      if (!whole && writer.length <= COMPACT_BYTES)
+        parts.compactLater(request.user, request.messageId, writer.whole());
       if (!acknowledged) await queue.ack(request, worker);
     }
 

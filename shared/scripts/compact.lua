@@ -14,7 +14,7 @@ if ARGV[2] then
 else
   local from = record[2] .. '-0'
   repeat
-    local page = redis.call('XRANGE', KEYS[2], from, '+', 'COUNT', 500)
+    local page = redis.call('XRANGE', KEYS[2], from, '+', 'COUNT', 100) -- of up to 48 KB each
     for _, entry in ipairs(page) do
       local kind = entry[2][1]
       if kind == 'token' then
@@ -27,7 +27,7 @@ else
       from = '(' .. entry[1]
     end
     if bytes > tonumber(ARGV[1]) then return 0 end
-  until #page < 500
+  until #page < 100
 end
 if not terminal then return 0 end
 redis.call('HSET', KEYS[1], 'text', table.concat(texts), 'last', last, 'terminal', terminal)
