@@ -44,10 +44,9 @@ export class AnswerWriter {
   private pending = '';
   private inFlight = 0;
   private publishedSeq = 0;
-  /** The log has this attempt's start. */
-  private opened = true;
-  private openingInFlight = false;
-  private startPublished = true;
+  /** The log has this attempt's start. Until then at most one append is in flight: the one that makes the log. */
+  private opened = false;
+  private startPublished = false;
   private scheduled = false;
   private mending: Promise<void> | null = null;
   private holdTimer: NodeJS.Timeout | undefined;
@@ -92,7 +91,6 @@ export class AnswerWriter {
   /** The attempt has begun; `opened` when its start is in the log already. */
   started(routes: string[], before: string, opened: boolean): void {
     this.opened = opened;
-    this.startPublished = false;
     if (opened) this.publishStart(routes, before);
     else this.schedule();
   }
@@ -132,7 +130,7 @@ export class AnswerWriter {
 
   /** Whether there is text to append now: whole frames follow each other, less than that waits for the one before. */
   private canTake(): boolean {
-    if (this.openingInFlight) return false;
+    if (!this.opened && this.inFlight > 0) return false;
     return this.wholeFrames.length > 0
       ? this.inFlight < MOST_IN_FLIGHT
       : this.pending !== '' && this.inFlight === 0;
@@ -154,6 +152,9 @@ export class AnswerWriter {
     }
     this.ended = true;
     clearTimeout(this.holdTimer);
+    const { messageId, attempt } = this.attempt;
+    const { type, ...rest } = terminal;
+    const json = JSON.stringify(rest);
     const deadline = Date.now() + MEND_DEADLINE_MS;
     for (let round = 1; ; round++) {
       while (!this.fenced && (this.inFlight > 0 || this.mending)) await this.changed();
@@ -178,17 +179,15 @@ export class AnswerWriter {
         }
         this.publishStart(finished.routes, '');
         this.publishTexts(finished.routes);
-        const { messageId, attempt } = this.attempt;
         const id = formatFrameId(attempt, seq);
-        const { type, ...rest } = terminal;
         this.publish(
           finished.routes,
           formatFrameId(attempt, seq - 1),
           id,
           'e',
-          encodeTerminal(messageId, id, type, JSON.stringify(rest)),
+          encodeTerminal(messageId, id, type, json),
         );
-        this.terminal = `${id} ${type} ${JSON.stringify(rest)}`;
+        this.terminal = `${id} ${type} ${json}`;
         return finished;
       } catch (error) {
         // Safe to repeat: `finish` knows its own terminal frame.
@@ -243,38 +242,18 @@ export class AnswerWriter {
   // What the appender calls.
 
   /**
-   * Whether the log has to be made first, and with what text; the answer goes to `logOpened`, or to `refused`. Nothing
+   * What to append next, or null. `opening` makes the log, with the first text if there is any (`seq` 0: none). Nothing
    * else of this answer is sent meanwhile: were the log made late, a later frame could get in without the first.
    */
-  takeOpening(): { text: string | null } | null {
-    if (this.opened || this.openingInFlight || this.fenced || this.mending || this.ended) return null;
+  take(): { seq: number; text: string | null; opening: boolean } | null {
     this.scheduled = false;
-    this.openingInFlight = true;
-    this.inFlight++;
-    return { text: this.hasText ? this.takeText() : null };
-  }
-
-  logOpened(routes: string): void {
-    this.inFlight--;
-    this.openingInFlight = false;
-    this.opened = true;
-    if (!this.mending && !this.fenced) {
-      this.publishStart(splitRoutes(routes), '');
-      this.publishTexts(splitRoutes(routes));
-    }
-    this.lastAppendMs = Date.now();
-    if (this.canTake()) this.schedule();
-    this.notify();
-  }
-
-  /** The next frame to append, or null. */
-  take(): { seq: number; text: string } | null {
-    this.scheduled = false;
-    if (!this.hasText || this.openingInFlight || this.fenced || this.mending || this.ended) return null;
-    const text = this.takeText();
+    if (this.fenced || this.mending || this.ended) return null;
+    const opening = !this.opened;
+    if (opening ? this.inFlight > 0 : !this.hasText) return null;
+    const text = this.hasText ? this.takeText() : null;
     this.inFlight++;
     if (this.wholeFrames.length > 0 && this.canTake()) this.schedule();
-    return { seq: this.texts.length, text };
+    return { seq: this.texts.length, text, opening };
   }
 
   private takeText(): string {
@@ -290,16 +269,19 @@ export class AnswerWriter {
 
   stored(seq: number, routes: string): void {
     this.inFlight--;
+    this.opened = true;
     this.lastAppendMs = Date.now();
-    if (!this.mending && !this.fenced) this.publishTexts(splitRoutes(routes), seq);
+    if (!this.mending && !this.fenced) {
+      const nodes = splitRoutes(routes);
+      this.publishStart(nodes, '');
+      this.publishTexts(nodes, seq);
+    }
     if (this.canTake()) this.schedule();
     this.notify();
   }
 
-  /** @param seq 0 = the start */
   refused(seq: number, error: Error | null): void {
     this.inFlight--;
-    if (seq === 0) this.openingInFlight = false;
     this.parts.logger().debug({ seq, err: error?.message }, 'append refused');
     void this.mend(error?.message ?? 'the log is gone');
     this.notify();

@@ -6,8 +6,8 @@ import type { AnswerWriter } from './answer-writer.ts';
 
 /**
  * Carries the appends of every answer of this worker. All answers that have text in one event-loop turn share one
- * round trip: for each `XADD log`, `HGET routes`, or first the script that makes the log. What the log took is then published, all frames for a node in
- * one entry of its reply stream.
+ * round trip: for each `XADD log`, `HGET routes`, or first the script that makes the log. What the log took is then
+ * published, all frames for a node in one entry of its reply stream.
  *
  * Publishing waits for the log (unlike a blind pipeline of both): a worker that was replaced never shows a client
  * a frame that the log refused, and frames go to the routes as they are, not as they were. It costs one round trip
@@ -23,7 +23,7 @@ export interface Appender {
   readonly tokens: number;
 }
 
-const AWAY_MS = 20;
+const AWAY_MS = 20; // between looks whether Redis is back
 
 export function createAppender({
   redis,
@@ -60,18 +60,14 @@ export function createAppender({
     outgoing = new Map();
     dirty = [];
     const commands: Command[] = [];
-    const appended: { writer: AnswerWriter; seq: number }[] = [];
+    const appended: { writer: AnswerWriter; seq: number; opening: boolean }[] = [];
     for (const writer of writers) {
-      const opening = writer.takeOpening();
-      if (opening) {
-        appended.push({ writer, seq: 0 });
-        commands.push(store.openLogCommand(writer.attempt, opening.text));
-        continue;
-      }
       const append = writer.take();
       if (!append) continue;
-      appended.push({ writer, seq: append.seq });
-      commands.push(...store.appendCommands(writer.attempt, append.seq, append.text));
+      const { seq, text, opening } = append;
+      appended.push({ writer, seq, opening });
+      if (opening) commands.push(store.openLogCommand(writer.attempt, text));
+      else commands.push(...store.appendCommands(writer.attempt, seq, text!));
     }
     for (const [node, list] of frames) commands.push(...publishCommands(keys, node, list));
     if (commands.length === 0) {
@@ -84,17 +80,12 @@ export function createAppender({
     sent.then((replies) => {
       underWay--;
       let index = 0;
-      for (const { writer, seq } of appended) {
-        const [error, id] = replies[index++]!;
-        if (seq === 0) {
-          if (error || id === null) writer.refused(0, error);
-          else writer.logOpened(id as string);
-          continue;
-        }
-        const [routesError, routes] = replies[index++]!;
-        if (error || routesError || id === null) writer.refused(seq, error ?? routesError);
+      for (const { writer, seq, opening } of appended) {
+        const [error, taken] = replies[index++]!;
+        const [routesError, routes] = opening ? [null, taken] : replies[index++]!; // the script answers with them
+        if (error || routesError || taken === null) writer.refused(seq, error ?? routesError);
         else {
-          tokens++;
+          if (seq > 0) tokens++;
           writer.stored(seq, (routes as string | null) ?? '');
         }
       }
