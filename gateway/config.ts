@@ -1,6 +1,7 @@
 import { z } from 'zod';
 import {
   commonSettings,
+  compactAfterMs,
   drainMs,
   integer,
   nodeIdSchema,
@@ -66,6 +67,7 @@ export const gatewaySettings = z
       .enum(['open', 'closed'], 'MODERATION_FAILURE must be open or closed')
       .default('closed'),
     RETENTION_MS: retentionMs,
+    COMPACT_AFTER_MS: compactAfterMs,
     DRAIN_MS: drainMs,
   })
   .refine((config) => config.AUTH === 'none' || config.JWT_SECRET || config.JWKS_URL, {

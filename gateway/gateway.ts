@@ -90,7 +90,12 @@ export async function startGateway(config: GatewayConfig, log: Logger): Promise<
     closers.push(() => tailRedis.close());
     await Promise.all([redis.connected(), tailRedis.connected()]);
 
-    const store = createGenerationStore({ redis, keys, retentionMs: config.RETENTION_MS });
+    const store = createGenerationStore({
+      redis,
+      keys,
+      retentionMs: config.RETENTION_MS,
+      compactAfterMs: config.COMPACT_AFTER_MS,
+    });
     const queue = createRequestQueue({ redis, keys });
     const registry = createNodeRegistry({ redis, keys });
     const delivery = createDelivery({

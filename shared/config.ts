@@ -78,4 +78,5 @@ export const nodeIdSchema = z
   .regex(/^[A-Za-z0-9._-]{1,64}$/, 'NODE_ID may hold 1 to 64 of A-Z a-z 0-9 . _ -');
 
 export const retentionMs = integer('RETENTION_MS', 1_000, 86_400_000).default(600_000);
+export const compactAfterMs = integer('COMPACT_AFTER_MS', 0, 86_400_000).default(30_000); // slow readers have this long
 export const drainMs = integer('DRAIN_MS', 0, 3_600_000).default(30_000);

@@ -2,6 +2,7 @@ import type { ErrorCode } from './errors.ts';
 import type { Keys } from './keys.ts';
 import type { ChatPayload, FinishReason, GenerationStatus, LogFrame, Usage } from './protocol.ts';
 import { type Command, type RedisConnection, retrying } from './redis.ts';
+import { ENTRIES_KEPT, encodeAddress, type ReplyFrame } from './reply-stream.ts';
 import { GROUP } from './request-queue.ts';
 
 /**
@@ -19,8 +20,11 @@ import { GROUP } from './request-queue.ts';
 const OPEN_RECORD_MS = 24 * 3_600_000;
 const PAGE = 500; // entries a range read may return
 const ATTACH_PAGE = 64; // the first ones of a resume: a thousand may come at once, and an entry may have 48 KB
-/** Of UTF-8 text: longer answers stay logs until they expire. */
-export const COMPACT_BYTES = 65_536;
+/**
+ * UTF-8 text that a record takes. A longer one stays a log for as long as it is kept: it gains little, and a client
+ * that reads slowly should not get it in one piece.
+ */
+export const RECORD_TEXT_BYTES = 65_536;
 
 export interface LogEntry {
   id: string;
@@ -76,19 +80,9 @@ export type Terminal =
   | { type: 'failed'; code: ErrorCode; message: string; temporary: boolean };
 
 export type Finished =
-  /** `whole`: the record holds all of it, there is no log. */
-  | { state: 'ended'; routes: string[]; acknowledged: boolean; whole: boolean }
+  | { state: 'ended'; routes: string[]; acknowledged: boolean }
   | { state: 'fenced' }
   | { state: 'behind'; top: string };
-
-/** A finished answer in one piece. */
-export interface WholeAnswer {
-  text: string;
-  /** Id of its last token, or ''. */
-  last: string;
-  /** `<id> <type> <the other fields as JSON>` */
-  terminal: string;
-}
 
 export type Cancelled =
   | { state: 'unknown' }
@@ -112,15 +106,17 @@ export function createGenerationStore({
   redis,
   keys,
   retentionMs,
-  compactAfterMs = 0,
+  compactAfterMs = retentionMs,
 }: {
   redis: RedisConnection;
   keys: Keys;
+  /** How long a finished generation is kept. */
   retentionMs: number;
-  /** For workers: how long an answer that never had a log does not count as compacted. */
+  /** How long its log is: then the record answers for it, in one piece. */
   compactAfterMs?: number;
 }) {
   const { client } = redis;
+  const logMs = Math.min(compactAfterMs, retentionMs);
 
   return {
     /**
@@ -198,7 +194,7 @@ export function createGenerationStore({
         ),
       )) as [string, ...unknown[]];
       if (reply[0] === 'unknown') return { state: 'unknown' };
-      if (reply[0] === 'compacted') {
+      if (reply[0] === 'whole') {
         const [, status, attempt, text, last, terminal, fresh] = reply as [
           string,
           GenerationStatus,
@@ -208,7 +204,7 @@ export function createGenerationStore({
           string,
           number,
         ];
-        const entries = readCompacted(messageId, attempt, text, last, terminal);
+        const entries = readWhole(messageId, attempt, text, last, terminal);
         const seen = entries.findIndex(({ id }) => id === after); // -1 replays all of it
         return {
           state: 'attached',
@@ -354,15 +350,35 @@ export function createGenerationStore({
     },
 
     /**
-     * The command that makes the log of a first attempt, with its first text if there is any. Answers with the routes,
-     * or null when it was replaced.
+     * The command that makes the log of a first attempt, with its first text if there is any. Read its answer with
+     * `readOpened`.
+     * @param publish on a single server: the node that wants the frames, if it is the only one, and the frames
      */
-    openLogCommand({ user, messageId, attempt, worker }: Attempt, text: string | null): Command {
+    openLogCommand(
+      { user, messageId, attempt, worker }: Attempt,
+      text: string | null,
+      publish: { node: string; frames: ReplyFrame[] } | null = null,
+    ): Command {
+      const recordKeys = [keys.generation(user, messageId), keys.log(user, messageId)];
+      const log = [attempt, worker, OPEN_RECORD_MS, text === null ? 0 : 1, text ?? ''];
+      if (!publish) return redis.scriptCommand('open_log', recordKeys, log);
       return redis.scriptCommand(
         'open_log',
-        [keys.generation(user, messageId), keys.log(user, messageId)],
-        text === null ? [attempt, worker, OPEN_RECORD_MS] : [attempt, worker, OPEN_RECORD_MS, text],
+        [...recordKeys, keys.replies(publish.node)],
+        [
+          ...log,
+          publish.node,
+          ENTRIES_KEPT,
+          ...publish.frames.flatMap((frame) => [encodeAddress(frame), frame.frame]),
+        ],
       );
+    },
+
+    /** Null when the attempt was replaced. `published`: the frames went out with it. */
+    readOpened(reply: unknown): { routes: string; published: boolean } | null {
+      if (reply === null) return null;
+      const [routes, published] = reply as [string, number];
+      return { routes, published: published === 1 };
     },
 
     /** The commands of one flush: append one token frame, then learn who wants it. Two replies. */
@@ -396,17 +412,19 @@ export function createGenerationStore({
     },
 
     /**
-     * Ends a generation. `last` is text that was not appended yet, under its seq. Safe to repeat.
-     * `opened` says whether its log was ever made; if not, none is made now.
-     * With `acknowledge` the request is acknowledged too, in the same step on a single server; whether that was
-     * done is in the answer.
+     * Ends a generation. Safe to repeat. On a single server its request is acknowledged in the same step; whether that
+     * was done is in the answer.
+     * @param last text that was not appended yet, under its seq
+     * @param seq of the terminal frame
+     * @param opened whether the log was ever made; if not, none is made now
+     * @param textBefore all text before `last`; null when the whole is more than RECORD_TEXT_BYTES
      */
     async finish(
       attempt: Attempt,
       last: { seq: number; text: string } | null,
       seq: number,
       terminal: Terminal,
-      { acknowledge, opened }: { acknowledge: boolean; opened: boolean },
+      { opened, textBefore }: { opened: boolean; textBefore: string | null },
     ): Promise<Finished> {
       const { user, messageId } = attempt;
       const { type, ...rest } = terminal;
@@ -428,23 +446,23 @@ export function createGenerationStore({
         JSON.stringify(rest),
         retentionMs,
         opened ? 0 : 1,
-        compactAfterMs,
+        logMs,
+        ...(textBefore === null ? [] : [textBefore]),
       ];
-      const together = acknowledge && !redis.isCluster;
+      const together = !redis.isCluster;
       const reply = (await (together
         ? redis.script(
             'finish_and_ack',
             [keys.requests(attempt.node), ...recordKeys],
             [GROUP, attempt.entry, ...end],
           )
-        : redis.script('finish', recordKeys, end))) as [string, string?, number?];
+        : redis.script('finish', recordKeys, end))) as [string, string?];
       switch (reply[0]) {
         case 'ended':
           return {
             state: 'ended',
             routes: splitRoutes(reply[1] ?? ''),
             acknowledged: together,
-            whole: reply[2] === 1,
           };
         case 'behind':
           return { state: 'behind', top: reply[1] ?? '' };
@@ -479,7 +497,7 @@ export function createGenerationStore({
         redis.script(
           'cancel',
           [keys.generation(user, messageId), keys.log(user, messageId), keys.active(user)],
-          [messageId, retentionMs],
+          [messageId, retentionMs, logMs, RECORD_TEXT_BYTES],
         ),
       )) as [string, ...unknown[]];
       if (reply[0] === 'unknown') return { state: 'unknown' };
@@ -518,20 +536,6 @@ export function createGenerationStore({
       return state === 'ended' ? { state, status: value as GenerationStatus } : { state, node: value };
     },
 
-    /**
-     * Moves the log of a finished answer into its record.
-     * @param answer what its worker still has at hand: saves Redis reading its log
-     */
-    async compact(user: string, messageId: string, answer: WholeAnswer | null = null): Promise<boolean> {
-      return (
-        (await redis.script(
-          'compact',
-          [keys.generation(user, messageId), keys.log(user, messageId)],
-          answer ? [COMPACT_BYTES, answer.terminal, answer.last, answer.text] : [COMPACT_BYTES],
-        )) === 1
-      );
-    },
-
     /** The text of an attempt so far, for a handler that continues from it. */
     async readText(user: string, messageId: string, attempt: number): Promise<string> {
       let text = '';
@@ -568,7 +572,7 @@ function readEntry(messageId: string, [id, fields]: RawEntry): LogEntry {
   }
 }
 
-function readCompacted(
+function readWhole(
   messageId: string,
   attempt: string,
   text: string,

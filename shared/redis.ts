@@ -79,7 +79,6 @@ export type ScriptName =
   | 'begin'
   | 'bind'
   | 'cancel'
-  | 'compact'
   | 'dead_letter'
   | 'deliver'
   | 'enqueue'

@@ -9,12 +9,12 @@ import {
   encodeToken,
   type Finished,
   type GenerationStore,
+  RECORD_TEXT_BYTES,
   splitRoutes,
   type Terminal,
-  type WholeAnswer,
 } from '../shared/generation-store.ts';
 import { isConnectionError } from '../shared/redis.ts';
-import type { FrameKind } from '../shared/reply-stream.ts';
+import type { ReplyFrame } from '../shared/reply-stream.ts';
 import type { Appender } from './appender.ts';
 
 /**
@@ -47,6 +47,7 @@ export class AnswerWriter {
   /** The log has this attempt's start. Until then at most one append is in flight: the one that makes the log. */
   private opened = false;
   private startPublished = false;
+  private routes: string[] = []; // as they were at the start
   private scheduled = false;
   private mending: Promise<void> | null = null;
   private holdTimer: NodeJS.Timeout | undefined;
@@ -54,7 +55,6 @@ export class AnswerWriter {
   private units = 0;
   private bytes = 0;
   private ended = false;
-  private terminal = ''; // its frame as the record of a compacted answer has it, once it is written
   fenced = false;
   lastAppendMs = Date.now();
 
@@ -91,6 +91,7 @@ export class AnswerWriter {
   /** The attempt has begun; `opened` when its start is in the log already. */
   started(routes: string[], before: string, opened: boolean): void {
     this.opened = opened;
+    this.routes = routes;
     if (opened) this.publishStart(routes, before);
     else this.schedule();
   }
@@ -98,9 +99,21 @@ export class AnswerWriter {
   private publishStart(routes: string[], before: string): void {
     if (this.startPublished) return;
     this.startPublished = true;
-    const { messageId, attempt } = this.attempt;
+    this.publish(routes, this.startFrame(before));
+  }
+
+  private startFrame(before: string): ReplyFrame {
+    const { user, messageId, attempt } = this.attempt;
     const id = formatFrameId(attempt, 0);
-    this.publish(routes, before, id, 's', encodeFrame({ type: 'start', messageId, id, attempt }));
+    const frame = encodeFrame({ type: 'start', messageId, id, attempt });
+    return { user, messageId, before, id, kind: 's', frame };
+  }
+
+  private textFrame(seq: number): ReplyFrame {
+    const { user, messageId, attempt } = this.attempt;
+    const id = formatFrameId(attempt, seq);
+    const frame = encodeToken(messageId, id, this.texts[seq - 1]!);
+    return { user, messageId, before: formatFrameId(attempt, seq - 1), id, kind: 't', frame };
   }
 
   push(text: string): void {
@@ -152,7 +165,7 @@ export class AnswerWriter {
     }
     this.ended = true;
     clearTimeout(this.holdTimer);
-    const { messageId, attempt } = this.attempt;
+    const { user, messageId, attempt } = this.attempt;
     const { type, ...rest } = terminal;
     const json = JSON.stringify(rest);
     const deadline = Date.now() + MEND_DEADLINE_MS;
@@ -163,8 +176,10 @@ export class AnswerWriter {
       const last = text === '' ? null : { seq: this.texts.length + 1, text };
       const seq = this.texts.length + (last ? 2 : 1);
       try {
-        const { opened } = this;
-        const finished = await store.finish(this.attempt, last, seq, terminal, { acknowledge: true, opened });
+        const finished = await store.finish(this.attempt, last, seq, terminal, {
+          opened: this.opened,
+          textBefore: this.exceeds(RECORD_TEXT_BYTES) ? null : this.texts.join(''),
+        });
         if (finished.state === 'fenced') {
           this.setFenced();
           return null;
@@ -180,14 +195,14 @@ export class AnswerWriter {
         this.publishStart(finished.routes, '');
         this.publishTexts(finished.routes);
         const id = formatFrameId(attempt, seq);
-        this.publish(
-          finished.routes,
-          formatFrameId(attempt, seq - 1),
+        this.publish(finished.routes, {
+          user,
+          messageId,
+          before: formatFrameId(attempt, seq - 1),
           id,
-          'e',
-          encodeTerminal(messageId, id, type, json),
-        );
-        this.terminal = `${id} ${type} ${json}`;
+          kind: 'e',
+          frame: encodeTerminal(messageId, id, type, json),
+        });
         return finished;
       } catch (error) {
         // Safe to repeat: `finish` knows its own terminal frame.
@@ -228,17 +243,6 @@ export class AnswerWriter {
     this.notify();
   }
 
-  /** The answer as its record keeps it; null before its end. */
-  whole(): WholeAnswer | null {
-    if (this.terminal === '') return null;
-    const { length } = this.texts;
-    return {
-      text: this.texts.join(''),
-      last: length > 0 ? formatFrameId(this.attempt.attempt, length) : '',
-      terminal: this.terminal,
-    };
-  }
-
   // What the appender calls.
 
   /**
@@ -267,10 +271,22 @@ export class AnswerWriter {
     return text;
   }
 
-  stored(seq: number, routes: string): void {
+  /** The frames that a log is made with, for the one node that wants them; null when there are more of these. */
+  firstFrames(): { node: string; frames: ReplyFrame[] } | null {
+    if (this.routes.length !== 1) return null;
+    const frames = [this.startFrame(''), ...this.texts.map((_, index) => this.textFrame(index + 1))];
+    return { node: this.routes[0]!, frames };
+  }
+
+  /** @param published they went out in the same step */
+  stored(seq: number, routes: string, published = false): void {
     this.inFlight--;
     this.opened = true;
     this.lastAppendMs = Date.now();
+    if (published) {
+      this.startPublished = true;
+      this.publishedSeq = seq;
+    }
     if (!this.mending && !this.fenced) {
       const nodes = splitRoutes(routes);
       this.publishStart(nodes, '');
@@ -297,24 +313,12 @@ export class AnswerWriter {
 
   /** Publishes stored frames that were not published yet, up to `upTo`. */
   private publishTexts(routes: string[], upTo = this.texts.length): void {
-    const { messageId, attempt } = this.attempt;
-    for (let seq = this.publishedSeq + 1; seq <= upTo; seq++) {
-      const id = formatFrameId(attempt, seq);
-      this.publish(
-        routes,
-        formatFrameId(attempt, seq - 1),
-        id,
-        't',
-        encodeToken(messageId, id, this.texts[seq - 1]!),
-      );
-    }
+    for (let seq = this.publishedSeq + 1; seq <= upTo; seq++) this.publish(routes, this.textFrame(seq));
     this.publishedSeq = Math.max(this.publishedSeq, upTo);
   }
 
-  private publish(routes: string[], before: string, id: string, kind: FrameKind, frame: string): void {
-    const { user, messageId } = this.attempt;
-    for (const node of routes)
-      this.parts.appender.publish(node, { user, messageId, before, id, kind, frame });
+  private publish(routes: string[], frame: ReplyFrame): void {
+    for (const node of routes) this.parts.appender.publish(node, frame);
   }
 
   private mend(reason: string): Promise<void> {

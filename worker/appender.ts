@@ -23,6 +23,8 @@ export interface Appender {
   readonly tokens: number;
 }
 
+/** First frames that are published as their logs are made; more in one turn share an entry, a round trip later. */
+const MOST_PUBLISHED = 4;
 const AWAY_MS = 20; // between looks whether Redis is back
 
 export function createAppender({
@@ -61,12 +63,14 @@ export function createAppender({
     dirty = [];
     const commands: Command[] = [];
     const appended: { writer: AnswerWriter; seq: number; opening: boolean }[] = [];
+    const publishes = !redis.isCluster && writers.length <= MOST_PUBLISHED;
     for (const writer of writers) {
       const append = writer.take();
       if (!append) continue;
       const { seq, text, opening } = append;
       appended.push({ writer, seq, opening });
-      if (opening) commands.push(store.openLogCommand(writer.attempt, text));
+      if (opening)
+        commands.push(store.openLogCommand(writer.attempt, text, publishes ? writer.firstFrames() : null));
       else commands.push(...store.appendCommands(writer.attempt, seq, text!));
     }
     for (const [node, list] of frames) commands.push(...publishCommands(keys, node, list));
@@ -82,10 +86,19 @@ export function createAppender({
       let index = 0;
       for (const { writer, seq, opening } of appended) {
         const [error, taken] = replies[index++]!;
-        const [routesError, routes] = opening ? [null, taken] : replies[index++]!; // the script answers with them
+        if (opening) {
+          const opened = error ? null : store.readOpened(taken);
+          if (!opened) writer.refused(seq, error);
+          else {
+            if (seq > 0) tokens++;
+            writer.stored(seq, opened.routes, opened.published);
+          }
+          continue;
+        }
+        const [routesError, routes] = replies[index++]!;
         if (error || routesError || taken === null) writer.refused(seq, error ?? routesError);
         else {
-          if (seq > 0) tokens++;
+          tokens++;
           writer.stored(seq, (routes as string | null) ?? '');
         }
       }

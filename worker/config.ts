@@ -1,6 +1,7 @@
 import { z } from 'zod';
 import {
   commonSettings,
+  compactAfterMs,
   drainMs,
   integer,
   parseConfig,
@@ -18,7 +19,7 @@ export const workerSettings = z.object({
   RETRY_BASE_MS: integer('RETRY_BASE_MS', 1, 600_000).default(500),
   MAX_ANSWER_BYTES: integer('MAX_ANSWER_BYTES', 1_000, 64_000_000).default(4_000_000),
   RETENTION_MS: retentionMs,
-  COMPACT_AFTER_MS: integer('COMPACT_AFTER_MS', 0, 86_400_000).default(30_000), // slow readers have this long
+  COMPACT_AFTER_MS: compactAfterMs,
   DRAIN_MS: drainMs,
   METRICS_PORT: integer('METRICS_PORT', 0, 65_535).optional(),
   METRICS_HOST: z.string().min(1).default('127.0.0.1'),

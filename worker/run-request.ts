@@ -1,13 +1,7 @@
 import type { Logger } from 'pino';
 import { backoffMs } from '../shared/backoff.ts';
 import { RivuletError } from '../shared/errors.ts';
-import {
-  type Attempt,
-  COMPACT_BYTES,
-  type GenerationStore,
-  type Terminal,
-  type WholeAnswer,
-} from '../shared/generation-store.ts';
+import type { Attempt, GenerationStore, Terminal } from '../shared/generation-store.ts';
 import type { ChatPayload } from '../shared/protocol.ts';
 import type { QueuedRequest, RequestQueue } from '../shared/request-queue.ts';
 import { AnswerWriter } from './answer-writer.ts';
@@ -33,8 +27,6 @@ export interface RequestParts {
   queue: RequestQueue;
   appender: Appender;
   log: Logger;
-  /** Remembers a finished log for compaction. */
-  compactLater(user: string, messageId: string, answer: WholeAnswer | null): void;
   /** Metrics and traces of one attempt. */
   watch(request: QueuedRequest): AttemptWatch;
   /** For numbers and views. */
@@ -182,20 +174,13 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
       ...(result?.usage ? { usage: result.usage } : {}),
     });
     if (!finished) return lost();
-    await settle(finished);
+    if (!finished.acknowledged) await queue.ack(request, worker);
     if (parts.log.isLevelEnabled('debug'))
       logger().debug(
         { attempt: begun.attempt, ms: Date.now() - running.since, units: writer.length },
         'answered',
       );
     return 'done';
-
-    async function settle({ acknowledged, whole }: { acknowledged: boolean; whole: boolean }) {
-      // A long text would stay a log anyway; see compact.lua.
-      if (!whole && writer.length <= COMPACT_BYTES)
-        parts.compactLater(request.user, request.messageId, writer.whole());
-      if (!acknowledged) await queue.ack(request, worker);
-    }
 
     async function retry(failure: RivuletError): Promise<Outcome> {
       await writer.settled(); // what the client saw of this attempt is in the log before the next begins
@@ -239,7 +224,7 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
         { attempt: attempt.attempt, code: failure.code, err: failure.message },
         'failed for good',
       );
-      await settle(finished);
+      if (!finished.acknowledged) await queue.ack(request, worker);
       return 'failed';
     }
 
@@ -262,7 +247,6 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
         { attempt: attempt.attempt, status: record?.status ?? 'gone', owner: record?.owner },
         'attempt replaced',
       );
-      if (record?.status === 'cancelled') parts.compactLater(request.user, request.messageId, null);
       return record?.status === 'cancelled' ? 'cancelled' : 'fenced';
     }
   }

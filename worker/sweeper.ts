@@ -1,13 +1,12 @@
 import { setTimeout as delay } from 'node:timers/promises';
 import type { Logger } from 'pino';
-import type { GenerationStore, WholeAnswer } from '../shared/generation-store.ts';
 import type { NodeRegistry } from '../shared/node-registry.ts';
 import { GROUP, type QueuedRequest, type RequestQueue } from '../shared/request-queue.ts';
 import type { WorkerConfig } from './config.ts';
 
 /**
- * The work that any worker does for all: moves due retries back, claims what a dead worker held, compacts finished
- * logs, removes consumers and nodes that are gone and empty. Every step is safe when several workers do it at once.
+ * The work that any worker does for all: moves due retries back, claims what a dead worker held, removes
+ * consumers and nodes that are gone and empty. Every step is safe when several workers do it at once.
  *
  * A request that kills its worker takes its neighbours with it, and all are claimed together, and would die together
  * until each has used up its attempts. So a request whose workers died often is a suspect, and a worker runs one
@@ -17,39 +16,24 @@ import type { WorkerConfig } from './config.ts';
 const RETRY_STEP_MS = 250; // how late a due retry may start
 const HOUSEKEEPING_MS = 10_000;
 const SWEEPERS = 4; // workers' worth of looks at each node: more workers share them, or they would weigh on Redis
-const COMPACT_BATCH = 4; // a finished answer each: others' commands get between them
-const COMPACT_STEP_MS = 20;
 const ATTEMPTS_ALONE = 2;
 const GONE_AFTER_MS = 60_000; // a node or consumer that is silent and empty for so long is forgotten
-
-/** A finished answer whose log goes into its record. */
-export interface Compaction {
-  user: string;
-  messageId: string;
-  due: number;
-  /** What its worker still has at hand; else it is read from the log. */
-  answer: WholeAnswer | null;
-}
 
 export function startSweeper(parts: {
   worker: string;
   config: WorkerConfig;
   queue: RequestQueue;
   registry: NodeRegistry;
-  store: GenerationStore;
   nodes: () => string[];
   room: () => number;
   /** What this worker runs or is about to. */
   held: () => QueuedRequest[];
   start: (request: QueuedRequest) => void;
-  compactions: Compaction[];
-  /** A text that was kept is not needed any more. */
-  onCompacted: (answer: WholeAnswer) => void;
   onTakeovers: (count: number) => void;
   log: Logger;
   signal: AbortSignal;
 }): Promise<void> {
-  const { worker, config, queue, registry, store, log, signal, compactions } = parts;
+  const { worker, config, queue, registry, log, signal } = parts;
 
   const suspectAfter = Math.max(1, config.MAX_ATTEMPTS - ATTEMPTS_ALONE);
 
@@ -77,22 +61,6 @@ export function startSweeper(parts: {
       if (claimed.length > 0) log.warn({ node, claimed: claimed.length }, 'took over stalled requests');
       parts.onTakeovers(claimed.length);
       for (const request of claimed) parts.start(request);
-    }
-  }
-
-  /** Few at a time, as they fall due: a second's worth at once would hold up everybody's tokens. */
-  async function compact(): Promise<void> {
-    while (!signal.aborted) {
-      const now = Date.now();
-      const waitMs = Math.max(COMPACT_STEP_MS, Math.min(1_000, (compactions[0]?.due ?? Infinity) - now));
-      await delay(waitMs, undefined, { signal }).catch(() => {});
-      while (compactions.length > 0 && compactions[0]!.due <= Date.now() && !signal.aborted)
-        await Promise.all(
-          compactions.splice(0, COMPACT_BATCH).map(({ user, messageId, answer }) => {
-            if (answer) parts.onCompacted(answer);
-            return store.compact(user, messageId, answer).catch(() => false);
-          }),
-        );
     }
   }
 
@@ -124,7 +92,6 @@ export function startSweeper(parts: {
   return Promise.all([
     every(RETRY_STEP_MS, 'promote', promote),
     every(config.LEASE_MS / 3, 'claim', claim),
-    compact(),
     every(HOUSEKEEPING_MS, 'housekeep', housekeep),
   ]).then(() => {});
 }

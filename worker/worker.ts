@@ -2,7 +2,7 @@ import { randomBytes } from 'node:crypto';
 import { hostname } from 'node:os';
 import { setTimeout as delay } from 'node:timers/promises';
 import type { Logger } from 'pino';
-import { createGenerationStore, type WholeAnswer } from '../shared/generation-store.ts';
+import { createGenerationStore } from '../shared/generation-store.ts';
 import { createKeys } from '../shared/keys.ts';
 import type { Running } from '../shared/lifecycle.ts';
 import { createNodeRegistry } from '../shared/node-registry.ts';
@@ -18,7 +18,7 @@ import { createWorkerMetrics } from './metrics.ts';
 import { startMetricsServer } from './metrics-server.ts';
 import { readRequests } from './request-loop.ts';
 import { type RunningRequest, runRequest } from './run-request.ts';
-import { type Compaction, startSweeper } from './sweeper.ts';
+import { startSweeper } from './sweeper.ts';
 
 /**
  * A worker: reads requests of all nodes, runs up to WORKER_CONCURRENCY of them, keeps their leases. It keeps no
@@ -28,9 +28,6 @@ import { type Compaction, startSweeper } from './sweeper.ts';
 const BEAT_MS = 1_000; // the view of what workers do is at most this old
 const SEEN_LEASE_MS = 5_000;
 const RUNNING_SHOWN = 32;
-const COMPACTIONS_KEPT = 100_000; // beyond this the logs just expire
-const TEXT_KEPT = 16_384; // UTF-16 units of an answer
-const TEXTS_KEPT = 16_000_000; // of all
 
 export async function startWorker(config: WorkerConfig, handler: Handler, log: Logger): Promise<Running> {
   const worker = `w-${hostname().slice(0, 24)}-${process.pid}-${randomBytes(3).toString('hex')}`;
@@ -84,17 +81,6 @@ export async function startWorker(config: WorkerConfig, handler: Handler, log: L
   let lastBusy = Date.now();
   let roomWaiters: (() => void)[] = [];
 
-  const compactions: Compaction[] = [];
-  let textKept = 0;
-
-  /** Texts are kept until they are written into their records, within a bound. */
-  function keep(answer: WholeAnswer | null): WholeAnswer | null {
-    const size = answer?.text.length ?? 0;
-    if (!answer || size > TEXT_KEPT || textKept + size > TEXTS_KEPT) return null;
-    textKept += size;
-    return answer;
-  }
-
   function start(request: QueuedRequest): void {
     lastBusy = Date.now();
     if (running.size >= config.WORKER_CONCURRENCY) {
@@ -111,11 +97,6 @@ export async function startWorker(config: WorkerConfig, handler: Handler, log: L
       queue,
       appender,
       log,
-      compactLater(user, messageId, answer) {
-        if (compactions.length >= COMPACTIONS_KEPT) return;
-        const due = Date.now() + config.COMPACT_AFTER_MS;
-        compactions.push({ user, messageId, due, answer: keep(answer) });
-      },
       watch: (watched) => watchAttempt(watched, { metrics, tracing, worker }),
       onOutcome(outcome) {
         if (outcome === 'done') done++;
@@ -176,15 +157,10 @@ export async function startWorker(config: WorkerConfig, handler: Handler, log: L
     config,
     queue,
     registry,
-    store,
     nodes: () => source.nodes,
     room,
     held: () => [...[...running.values()].map((one) => one.request), ...backlog],
     start,
-    compactions,
-    onCompacted(answer) {
-      textKept -= answer.text.length;
-    },
     onTakeovers: (count) => metrics.takeovers.inc(count),
     log,
     signal: stopReading.signal,

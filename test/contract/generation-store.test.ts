@@ -54,18 +54,23 @@ async function running(user: string, messageId: string, worker = 'w1', entry = '
   assert.equal(begun.state, 'run');
   assert.ok('attempt' in begun);
   const attempt = { user, messageId, attempt: begun.attempt, worker, node: 'n1', entry };
-  if (!begun.opened) assert.equal(await openLog(attempt), 'n1');
+  if (!begun.opened) assert.deepEqual(await openLog(attempt), { routes: 'n1', published: false });
   return attempt;
 }
 
-async function openLog(attempt: Attempt, text: string | null = null): Promise<Error | null | unknown> {
-  const [[error, routes]] = (await redis.batch([store.openLogCommand(attempt, text)])) as [
-    [Error | null, unknown],
-  ];
-  return error ?? routes;
+async function openLog(
+  attempt: Attempt,
+  text: string | null = null,
+  publish: Parameters<typeof store.openLogCommand>[2] = null,
+): Promise<{ routes: string; published: boolean } | null> {
+  const [reply] = await redis.batch([store.openLogCommand(attempt, text, publish)]);
+  const [error, value] = reply!;
+  if (error) throw error;
+  return store.readOpened(value);
 }
 
-const KEEP = { acknowledge: false, opened: true }; // how `finish` is asked for: the log is there, the request stays
+/** How `finish` is asked for when the log is there and the text before the last piece is this. */
+const said = (textBefore: string | null) => ({ opened: true, textBefore });
 const DONE = { type: 'done', finishReason: 'stop', length: 3 } as const;
 
 async function append(attempt: Attempt, seq: number, text: string): Promise<Error | null | unknown> {
@@ -104,7 +109,7 @@ test('after begin of attempt 2, Redis refuses every append of attempt 1', async 
   const second = await running(user, 'm', 'w2', '1-1');
   assert.equal(second.attempt, 2);
   assert.match(String(await append(first, 2, 'zombie')), /equal or smaller/);
-  assert.deepEqual(await store.finish(first, null, 2, DONE, KEEP), {
+  assert.deepEqual(await store.finish(first, null, 2, DONE, said('one')), {
     state: 'fenced',
   });
   assert.equal(await store.release(first, true), false);
@@ -142,14 +147,17 @@ test('finish is exact: last text, terminal frame, record; and safe to repeat', a
       { seq: 2, text: ' you' },
       3,
       { type: 'done', finishReason: 'stop', length: 9 },
-      KEEP,
+      said('Hello'),
     );
-  assert.deepEqual(await finish(), { state: 'ended', routes: ['n1'], acknowledged: false, whole: false });
-  assert.deepEqual(await finish(), { state: 'ended', routes: ['n1'], acknowledged: false, whole: false });
+  for (let repeat = 0; repeat < 2; repeat++)
+    assert.deepEqual(await finish(), { state: 'ended', routes: ['n1'], acknowledged: true });
   assert.deepEqual(await ids(user, 'm'), ['1-0', '1-1', '1-2', '1-3']);
   assert.equal((await begin(user, 'm')).state, 'terminal');
-  assert.ok((await redis.client.pttl(keys.log(user, 'm'))) > 0);
-  assert.ok((await redis.client.pttl(keys.generation(user, 'm'))) > 0);
+  const logMs = await redis.client.pttl(keys.log(user, 'm'));
+  assert.ok(logMs > 0 && logMs <= 30_000, 'the log stays for COMPACT_AFTER_MS');
+  assert.ok((await redis.client.pttl(keys.generation(user, 'm'))) > 30_000);
+  await redis.client.del(keys.log(user, 'm'));
+  assert.equal((await finish()).state, 'ended', 'also when its log has expired');
 });
 
 test('finish does not close a log that lacks frames; restore puts them back under the same ids', async () => {
@@ -158,7 +166,7 @@ test('finish does not close a log that lacks frames; restore puts them back unde
   const attempt = await running(user, 'm');
   await append(attempt, 1, 'a');
   const texts = ['a', 'b', 'c']; // 2 and 3 were lost by a failover
-  assert.deepEqual(await store.finish(attempt, null, 4, DONE, KEEP), {
+  assert.deepEqual(await store.finish(attempt, null, 4, DONE, said('abc')), {
     state: 'behind',
     top: '1-1',
   });
@@ -168,7 +176,7 @@ test('finish does not close a log that lacks frames; restore puts them back unde
   await redis.client.del(keys.log(user, 'm')); // all of it lost
   assert.equal((await store.restore(attempt, texts)).state, 'restored');
   assert.deepEqual(await ids(user, 'm'), ['1-0', '1-1', '1-2', '1-3']);
-  assert.equal((await store.finish(attempt, null, 4, DONE, KEEP)).state, 'ended');
+  assert.equal((await store.finish(attempt, null, 4, DONE, said('abc'))).state, 'ended');
 });
 
 test('cancel ends it at once, keeps the text, counts UTF-16 units, and fences the worker', async () => {
@@ -215,34 +223,80 @@ test('resume reads what comes after an id; an id that is not in the log replays 
   assert.equal((await store.attach(user, 'other', 'n1', '')).state, 'unknown');
 });
 
-for (const atHand of [false, true])
-  test(`a compacted generation replays as start, one token, terminal${atHand ? ', from what its worker has' : ''}`, async () => {
-    const user = nextUser();
-    await admit(user, 'm');
-    const attempt = await running(user, 'm');
-    for (const [index, text] of ['a "quoted"', ' \n', 'é'].entries()) await append(attempt, index + 1, text);
-    assert.equal(await store.compact(user, 'm'), false, 'not while it runs');
-    await store.finish(attempt, null, 4, { type: 'done', finishReason: 'stop', length: 13 }, KEEP);
-    const whole = { text: 'a "quoted" \né', last: '1-3' };
-    assert.equal(await store.compact(user, 'm', { ...whole, terminal: '1-5 done {}' }), false, 'another end');
-    const terminal = '1-4 done {"finishReason":"stop","length":13}';
-    assert.equal(await store.compact(user, 'm', atHand ? { ...whole, terminal } : null), true);
-    assert.equal(await store.compact(user, 'm'), false);
-    assert.equal(await redis.client.exists(keys.log(user, 'm')), 0);
-    const attached = await store.attach(user, 'm', 'n1', '1-2');
-    assert.ok(attached.state === 'attached' && attached.compacted && !attached.recovered);
-    assert.deepEqual(
-      attached.entries.map((entry) => JSON.parse(entry.frame)),
-      [
-        { type: 'start', messageId: 'm', id: '1-0', attempt: 1 },
-        { type: 'token', messageId: 'm', id: '1-3', text: 'a "quoted" \né' },
-        { type: 'done', messageId: 'm', id: '1-4', finishReason: 'stop', length: 13 },
-      ],
-    );
-    assert.match(String(await append(attempt, 5, 'zombie')), /null/);
-    const bytes = Number(await redis.client.memory('USAGE', keys.generation(user, 'm')));
-    assert.ok(bytes < 1_500, `${bytes} bytes`);
-  });
+test('a finished generation whose log has expired replays as start, one token, terminal', async () => {
+  const user = nextUser();
+  await admit(user, 'm');
+  const attempt = await running(user, 'm');
+  for (const [index, text] of ['a "quoted"', ' \n'].entries()) await append(attempt, index + 1, text);
+  const terminal = { type: 'done', finishReason: 'stop', length: 13 } as const;
+  await store.finish(attempt, { seq: 3, text: 'é' }, 4, terminal, said('a "quoted" \n'));
+  const attach = async (id: string) => {
+    const attached = await store.attach(user, 'm', 'n1', id);
+    assert.ok(attached.state === 'attached');
+    return attached;
+  };
+  const exact = await attach('1-2');
+  assert.deepEqual([exact.recovered, exact.compacted, exact.entries.length], [true, false, 2]);
+  await redis.client.pexpire(keys.log(user, 'm'), 0);
+  const replayed = await attach('1-2');
+  assert.deepEqual([replayed.recovered, replayed.compacted], [false, true]);
+  assert.deepEqual(
+    replayed.entries.map((entry) => JSON.parse(entry.frame)),
+    [
+      { type: 'start', messageId: 'm', id: '1-0', attempt: 1 },
+      { type: 'token', messageId: 'm', id: '1-3', text: 'a "quoted" \né' },
+      { type: 'done', messageId: 'm', id: '1-4', finishReason: 'stop', length: 13 },
+    ],
+  );
+  assert.deepEqual((await attach('1-4')).entries, []);
+  assert.match(String(await append(attempt, 5, 'zombie')), /null/);
+  const bytes = Number(await redis.client.memory('USAGE', keys.generation(user, 'm')));
+  assert.ok(bytes < 1_500, `${bytes} bytes`);
+});
+
+test('an end without new text keeps the id of the text before it; a text too long for a record stays a log', async () => {
+  const user = nextUser();
+  await admit(user, 'm');
+  const attempt = await running(user, 'm');
+  await append(attempt, 1, 'yes');
+  await store.finish(attempt, null, 2, DONE, said('yes'));
+  await redis.client.del(keys.log(user, 'm'));
+  const attached = await store.attach(user, 'm', 'n1', '1-1');
+  assert.ok(attached.state === 'attached' && attached.recovered);
+  assert.deepEqual(
+    attached.entries.map((entry) => entry.id),
+    ['1-2'],
+  );
+
+  await admit(user, 'long');
+  const long = await running(user, 'long');
+  await append(long, 1, 'x');
+  await store.finish(long, null, 2, DONE, said(null));
+  assert.ok((await redis.client.pttl(keys.log(user, 'long'))) > 30_000);
+  assert.equal(await redis.client.hexists(keys.generation(user, 'long'), 'text'), 0);
+});
+
+test('what a cancelled answer had said is in its record when its log has expired', async () => {
+  const user = nextUser();
+  await admit(user, 'm');
+  const attempt = await running(user, 'm');
+  await append(attempt, 1, 'so');
+  await append(attempt, 2, ' far');
+  assert.equal((await store.cancel(user, 'm')).state, 'cancelled');
+  const logMs = await redis.client.pttl(keys.log(user, 'm'));
+  assert.ok(logMs > 0 && logMs <= 30_000);
+  await redis.client.pexpire(keys.log(user, 'm'), 0);
+  const attached = await store.attach(user, 'm', 'n1', '');
+  assert.ok(attached.state === 'attached' && attached.compacted && attached.status === 'cancelled');
+  assert.deepEqual(
+    attached.entries.map((entry) => JSON.parse(entry.frame)),
+    [
+      { type: 'start', messageId: 'm', id: '1-0', attempt: 1 },
+      { type: 'token', messageId: 'm', id: '1-2', text: 'so far' },
+      { type: 'done', messageId: 'm', id: '2-0', finishReason: 'cancelled', length: 6 },
+    ],
+  );
+});
 
 test('an answer that is there at once never has a log: finish puts it into its record, safe to repeat', async () => {
   const user = nextUser();
@@ -252,14 +306,13 @@ test('an answer that is there at once never has a log: finish puts it into its r
   assert.equal(await redis.client.exists(keys.log(user, 'm')), 0);
   const attempt = { user, messageId: 'm', attempt: 1, worker: 'w1', node: 'n1', entry: '1-1' };
   const finish = (opened = false) =>
-    store.finish(attempt, { seq: 1, text: 'yes' }, 2, DONE, { acknowledge: true, opened });
+    store.finish(attempt, { seq: 1, text: 'yes' }, 2, DONE, { opened, textBefore: '' });
   assert.equal((await finish(true)).state, 'behind', 'a log that was made and is gone is not an answer');
   for (let repeat = 0; repeat < 2; repeat++)
     assert.deepEqual(await finish(), {
       state: 'ended',
       routes: ['n1'],
       acknowledged: true,
-      whole: true,
     });
   assert.equal(await redis.client.exists(keys.log(user, 'm')), 0);
   assert.equal(await openLog(attempt), null, 'nothing brings its log back');
@@ -284,10 +337,40 @@ test('a log begins with its start and its first text in one step, safe to repeat
   await admit(user, 'm');
   await begin(user, 'm');
   const attempt = { user, messageId: 'm', attempt: 1, worker: 'w1', node: 'n1', entry: '1-1' };
-  for (let repeat = 0; repeat < 2; repeat++) assert.equal(await openLog(attempt, 'first'), 'n1');
+  for (let repeat = 0; repeat < 2; repeat++)
+    assert.deepEqual(await openLog(attempt, 'first'), { routes: 'n1', published: false });
   assert.deepEqual(await ids(user, 'm'), ['1-0', '1-1']);
   assert.equal(await append(attempt, 2, 'second'), '1-2');
   assert.ok((await redis.client.pttl(keys.log(user, 'm'))) > 0);
+});
+
+test('the step that makes a log publishes its frames, unless somebody else wants them by now', async () => {
+  const user = nextUser();
+  await admit(user, 'm');
+  await begin(user, 'm');
+  const attempt = { user, messageId: 'm', attempt: 1, worker: 'w1', node: 'n1', entry: '1-1' };
+  const frame = {
+    user,
+    messageId: 'm',
+    before: '',
+    id: '1-0',
+    kind: 's',
+    frame: '{"type":"start"}',
+  } as const;
+  const publish = { node: 'n1', frames: [frame] };
+  await redis.client.xadd(keys.replies('n1'), '*', '-', 'opened');
+  assert.deepEqual(await openLog(attempt, 'first', publish), { routes: 'n1', published: true });
+  assert.deepEqual((await redis.client.xrange(keys.replies('n1'), '-', '+')).at(-1)![1], [
+    `${user} m - 1-0 s`,
+    '{"type":"start"}',
+  ]);
+  await store.attach(user, 'm', 'n2', '');
+  assert.deepEqual(await openLog(attempt, 'first', publish), { routes: 'n1,n2', published: false });
+  assert.equal(await redis.client.xlen(keys.replies('n1')), 2);
+  await redis.client.del(keys.replies('n1'));
+  await store.unroute(user, 'm', 'n2');
+  await openLog(attempt, 'first', publish);
+  assert.equal(await redis.client.exists(keys.replies('n1')), 0, 'a node that is gone gets no key');
 });
 
 test('a first attempt that was replaced before it had a log can neither make one nor end', async () => {
@@ -304,8 +387,8 @@ test('a first attempt that was replaced before it had a log can neither make one
   assert.equal(await openLog(first), null);
   assert.match(String(await append(first, 1, 'zombie')), /equal or smaller/);
   const finished = await store.finish(first, { seq: 1, text: 'zombie' }, 2, DONE, {
-    acknowledge: true,
     opened: false,
+    textBefore: '',
   });
   assert.equal(finished.state, 'fenced');
   assert.deepEqual(await ids(user, 'm'), ['2-0']);
@@ -317,7 +400,7 @@ test('a first attempt that was replaced before it had a log can neither make one
   assert.ok(cancelled.state === 'cancelled' && cancelled.before === '');
   assert.equal(await openLog(stopped), null);
   assert.equal(
-    (await store.finish(stopped, null, 1, DONE, { acknowledge: true, opened: false })).state,
+    (await store.finish(stopped, null, 1, DONE, { opened: false, textBefore: '' })).state,
     'fenced',
   );
   assert.deepEqual(await ids(user, 'stopped'), ['2-0']);

@@ -273,7 +273,7 @@ test('the quota counts a message once, and gives back what failed or was not que
         : ({ type, code: 'model_error', message: 'x', temporary: false } as const);
     for (let repeat = 0; repeat < 2; repeat++)
       assert.equal(
-        (await store.finish(attempt, null, 1, terminal, { acknowledge: false, opened: false })).state,
+        (await store.finish(attempt, null, 1, terminal, { opened: false, textBefore: '' })).state,
         'ended',
       );
   };
