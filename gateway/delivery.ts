@@ -1,6 +1,6 @@
 import type { Logger } from 'pino';
 import { compareFrameIds } from '../shared/frame-id.ts';
-import type { GenerationStore, LogEntry } from '../shared/generation-store.ts';
+import { type GenerationStore, type LogEntry, ROUTES_MS } from '../shared/generation-store.ts';
 
 /**
  * Brings the frames of generations to the connections that follow them: in order, once each, without gaps.
@@ -190,6 +190,17 @@ export function createDelivery(parts: {
     }
   }
 
+  /** After an attach: reads what a worker wrote before it knew of this node, if nothing has come since. */
+  function lookAgain(subscription: Subscription): void {
+    const { user, messageId, position } = subscription;
+    const look = async () => {
+      if (subscription.state !== 'live' || subscription.position !== position) return;
+      const { entries } = await store.readLog(user, messageId, position, 1);
+      if (entries.length > 0 && subscription.state === 'live') void read(subscription);
+    };
+    setTimeout(() => look().catch(() => {}), 2 * ROUTES_MS).unref(); // on an error, `heal` sees to it
+  }
+
   /** The log had nothing for us: it may have been compacted, or be gone altogether. */
   async function stillThere(subscription: Subscription): Promise<boolean> {
     const attached = await store.attach(
@@ -306,6 +317,7 @@ export function createDelivery(parts: {
         return;
       }
       for (const { before, id, end, frame } of held) take(subscription, before, id, end, frame);
+      if (subscription.position !== '') lookAgain(subscription);
     },
 
     drop: remove,

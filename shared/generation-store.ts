@@ -26,6 +26,12 @@ const ATTACH_PAGE = 64; // the first ones of a resume: a thousand may come at on
  */
 export const RECORD_TEXT_BYTES = 65_536;
 
+/**
+ * A worker asks at most so often who wants an answer's frames. What a gateway misses in this time it sees as a gap with
+ * the next frame, or when it looks again after its attach.
+ */
+export const ROUTES_MS = 50;
+
 export interface LogEntry {
   id: string;
   /** The frame as it goes to clients, JSON. */
@@ -381,13 +387,14 @@ export function createGenerationStore({
       return { routes, published: published === 1 };
     },
 
-    /** The commands of one flush: append one token frame, then learn who wants it. Two replies. */
-    appendCommands(attempt: Attempt, seq: number, text: string): [Command, Command] {
-      const { user, messageId } = attempt;
-      return [
-        ['xadd', keys.log(user, messageId), 'NOMKSTREAM', `${attempt.attempt}-${seq}`, 'token', text],
-        ['hget', keys.generation(user, messageId), 'routes'],
-      ];
+    /** The command that appends one token frame; answers null when the log is gone. */
+    appendCommand({ user, messageId, attempt }: Attempt, seq: number, text: string): Command {
+      return ['xadd', keys.log(user, messageId), 'NOMKSTREAM', `${attempt}-${seq}`, 'token', text];
+    },
+
+    /** The command that asks which nodes want its frames. */
+    routesCommand({ user, messageId }: Attempt): Command {
+      return ['hget', keys.generation(user, messageId), 'routes'];
     },
 
     /** Appends again what the log lacks of `texts` (seq 1 on). */

@@ -338,6 +338,19 @@ export function createRedis(options: RedisConnectionOptions): RedisConnection {
     );
   }
 
+  /** Sends the text of a script that the server does not know (any more). */
+  async function sendScripted(commands: Command[]): Promise<Reply[]> {
+    const replies = await sendAll(commands);
+    for (let index = 0; index < replies.length; index++) {
+      const reply = replies[index]!;
+      if (reply[0] === null || !isNoScript(reply[0])) continue;
+      const [, sha, ...rest] = commands[index]!;
+      const { source } = [...scripts.values()].find((script) => script.sha === sha)!;
+      replies[index] = (await sendAll([['eval', source, ...rest]]))[0]!;
+    }
+    return replies;
+  }
+
   const connection: RedisConnection = {
     client,
     isCluster,
@@ -353,17 +366,10 @@ export function createRedis(options: RedisConnectionOptions): RedisConnection {
     scriptCommand: (name, keys, args) => ['evalsha', scripts.get(name)!.sha, keys.length, ...keys, ...args],
     send,
     flush: () => pipeline?.flush(),
-    async batch(commands) {
-      if (commands.length === 0) return [];
-      const replies = await sendAll(commands);
-      for (let index = 0; index < replies.length; index++) {
-        const reply = replies[index]!;
-        if (reply[0] === null || !isNoScript(reply[0])) continue;
-        const [, sha, ...rest] = commands[index]!;
-        const { source } = [...scripts.values()].find((script) => script.sha === sha)!;
-        replies[index] = (await sendAll([['eval', source, ...rest]]))[0]!;
-      }
-      return replies;
+    batch(commands) {
+      if (commands.length === 0) return Promise.resolve([]);
+      const scripted = commands.some(([name]) => name === 'evalsha');
+      return scripted ? sendScripted(commands) : sendAll(commands);
     },
     async blocked(blockMs, read) {
       busyUntil = Date.now() + blockMs;

@@ -120,6 +120,24 @@ export function createTurnPipeline(redis: Redis): TurnPipeline {
     setImmediate(flush);
   }
 
+  /** Apart from `batch`, so that nothing holds its commands while they are under way: they would survive a scavenge. */
+  function wait(encoded: string, count: number): Promise<PipelineReply[]> {
+    return new Promise((resolve) => {
+      const replies: PipelineReply[] = [];
+      enqueue(encoded, {
+        left: count,
+        take(reply) {
+          replies.push(reply instanceof RespError ? [reply, null] : [null, reply]);
+          if (replies.length === count) resolve(replies);
+        },
+        fail(error) {
+          while (replies.length < count) replies.push([error, null]);
+          resolve(replies);
+        },
+      });
+    });
+  }
+
   function flush(): void {
     scheduled = false;
     writeOut();
@@ -143,23 +161,11 @@ export function createTurnPipeline(redis: Redis): TurnPipeline {
       });
     },
     batch(commands) {
-      if (commands.length === 0) return Promise.resolve([]);
-      return new Promise((resolve) => {
-        const replies: PipelineReply[] = [];
-        let encoded = EMPTY;
-        for (const command of commands) encoded += encodeCommand(command);
-        enqueue(encoded, {
-          left: commands.length,
-          take(reply) {
-            replies.push(reply instanceof RespError ? [reply, null] : [null, reply]);
-            if (replies.length === commands.length) resolve(replies);
-          },
-          fail(error) {
-            while (replies.length < commands.length) replies.push([error, null]);
-            resolve(replies);
-          },
-        });
-      });
+      const count = commands.length;
+      if (count === 0) return Promise.resolve([]);
+      let encoded = EMPTY;
+      for (const command of commands) encoded += encodeCommand(command);
+      return wait(encoded, count);
     },
     flush,
     close() {

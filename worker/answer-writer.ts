@@ -10,6 +10,7 @@ import {
   type Finished,
   type GenerationStore,
   RECORD_TEXT_BYTES,
+  ROUTES_MS,
   splitRoutes,
   type Terminal,
 } from '../shared/generation-store.ts';
@@ -47,7 +48,8 @@ export class AnswerWriter {
   /** The log has this attempt's start. Until then at most one append is in flight: the one that makes the log. */
   private opened = false;
   private startPublished = false;
-  private routes: string[] = []; // as they were at the start
+  private routes: string[] = []; // as they were when they were last asked for
+  private routesMs = 0;
   private scheduled = false;
   private mending: Promise<void> | null = null;
   private holdTimer: NodeJS.Timeout | undefined;
@@ -92,6 +94,7 @@ export class AnswerWriter {
   started(routes: string[], before: string, opened: boolean): void {
     this.opened = opened;
     this.routes = routes;
+    this.routesMs = Date.now();
     if (opened) this.publishStart(routes, before);
     else this.schedule();
   }
@@ -246,10 +249,10 @@ export class AnswerWriter {
   // What the appender calls.
 
   /**
-   * What to append next, or null. `opening` makes the log, with the first text if there is any (`seq` 0: none). Nothing
+   * What to append next, or null. `asks`: who wants it is to be asked too. `opening` makes the log, with the first text if there is any (`seq` 0: none). Nothing
    * else of this answer is sent meanwhile: were the log made late, a later frame could get in without the first.
    */
-  take(): { seq: number; text: string | null; opening: boolean } | null {
+  take(now: number): { seq: number; text: string | null; opening: boolean; asks: boolean } | null {
     this.scheduled = false;
     if (this.fenced || this.mending || this.ended) return null;
     const opening = !this.opened;
@@ -257,7 +260,9 @@ export class AnswerWriter {
     const text = this.hasText ? this.takeText() : null;
     this.inFlight++;
     if (this.wholeFrames.length > 0 && this.canTake()) this.schedule();
-    return { seq: this.texts.length, text, opening };
+    const asks = !opening && now - this.routesMs >= ROUTES_MS;
+    if (asks) this.routesMs = now;
+    return { seq: this.texts.length, text, opening, asks };
   }
 
   private takeText(): string {
@@ -278,8 +283,11 @@ export class AnswerWriter {
     return { node: this.routes[0]!, frames };
   }
 
-  /** @param published they went out in the same step */
-  stored(seq: number, routes: string, published = false): void {
+  /**
+   * @param routes as Redis has them now; undefined when it was not asked
+   * @param published the frames went out in the same step
+   */
+  stored(seq: number, routes: string | null | undefined, published = false): void {
     this.inFlight--;
     this.opened = true;
     this.lastAppendMs = Date.now();
@@ -288,9 +296,9 @@ export class AnswerWriter {
       this.publishedSeq = seq;
     }
     if (!this.mending && !this.fenced) {
-      const nodes = splitRoutes(routes);
-      this.publishStart(nodes, '');
-      this.publishTexts(nodes, seq);
+      if (routes !== undefined) this.routes = splitRoutes(routes ?? '');
+      this.publishStart(this.routes, '');
+      this.publishTexts(this.routes, seq);
     }
     if (this.canTake()) this.schedule();
     this.notify();

@@ -62,16 +62,18 @@ export function createAppender({
     outgoing = new Map();
     dirty = [];
     const commands: Command[] = [];
-    const appended: { writer: AnswerWriter; seq: number; opening: boolean }[] = [];
+    const appended: { writer: AnswerWriter; seq: number; opening: boolean; asks: boolean }[] = [];
+    const now = Date.now();
     const publishes = !redis.isCluster && writers.length <= MOST_PUBLISHED;
     for (const writer of writers) {
-      const append = writer.take();
+      const append = writer.take(now);
       if (!append) continue;
-      const { seq, text, opening } = append;
-      appended.push({ writer, seq, opening });
+      const { seq, text, opening, asks } = append;
+      appended.push({ writer, seq, opening, asks });
       if (opening)
         commands.push(store.openLogCommand(writer.attempt, text, publishes ? writer.firstFrames() : null));
-      else commands.push(...store.appendCommands(writer.attempt, seq, text!));
+      else commands.push(store.appendCommand(writer.attempt, seq, text!));
+      if (asks) commands.push(store.routesCommand(writer.attempt));
     }
     for (const [node, list] of frames) commands.push(...publishCommands(keys, node, list));
     if (commands.length === 0) {
@@ -84,7 +86,7 @@ export function createAppender({
     sent.then((replies) => {
       underWay--;
       let index = 0;
-      for (const { writer, seq, opening } of appended) {
+      for (const { writer, seq, opening, asks } of appended) {
         const [error, taken] = replies[index++]!;
         if (opening) {
           const opened = error ? null : store.readOpened(taken);
@@ -95,11 +97,11 @@ export function createAppender({
           }
           continue;
         }
-        const [routesError, routes] = replies[index++]!;
+        const [routesError, routes] = asks ? replies[index++]! : [null, undefined];
         if (error || routesError || taken === null) writer.refused(seq, error ?? routesError);
         else {
           tokens++;
-          writer.stored(seq, (routes as string | null) ?? '');
+          writer.stored(seq, routes as string | null | undefined);
         }
       }
       // A lost publish is not repeated: gateways heal it from the log.

@@ -74,9 +74,8 @@ const said = (textBefore: string | null) => ({ opened: true, textBefore });
 const DONE = { type: 'done', finishReason: 'stop', length: 3 } as const;
 
 async function append(attempt: Attempt, seq: number, text: string): Promise<Error | null | unknown> {
-  const [[error, id]] = (await redis.batch(store.appendCommands(attempt, seq, text))) as [
-    [Error | null, unknown],
-  ];
+  const [reply] = await redis.batch([store.appendCommand(attempt, seq, text)]);
+  const [error, id] = reply!;
   return error ?? id;
 }
 
