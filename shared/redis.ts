@@ -338,13 +338,11 @@ export function createRedis(options: RedisConnectionOptions): RedisConnection {
     );
   }
 
-  /** Sends the text of a script that the server does not know (any more). */
-  async function sendScripted(commands: Command[]): Promise<Reply[]> {
-    const replies = await sendAll(commands);
-    for (let index = 0; index < replies.length; index++) {
-      const reply = replies[index]!;
-      if (reply[0] === null || !isNoScript(reply[0])) continue;
-      const [, sha, ...rest] = commands[index]!;
+  /** Sends the text of scripts that the server does not know (any more). */
+  async function resend(replies: Reply[], scripted: Map<number, Command>): Promise<Reply[]> {
+    for (const [index, [, sha, ...rest]] of scripted) {
+      const [error] = replies[index]!;
+      if (error === null || !isNoScript(error)) continue;
       const { source } = [...scripts.values()].find((script) => script.sha === sha)!;
       replies[index] = (await sendAll([['eval', source, ...rest]]))[0]!;
     }
@@ -368,8 +366,12 @@ export function createRedis(options: RedisConnectionOptions): RedisConnection {
     flush: () => pipeline?.flush(),
     batch(commands) {
       if (commands.length === 0) return Promise.resolve([]);
-      const scripted = commands.some(([name]) => name === 'evalsha');
-      return scripted ? sendScripted(commands) : sendAll(commands);
+      const scripted = new Map<number, Command>(); // the others are let go: they would survive a scavenge
+      commands.forEach((command, index) => {
+        if (command[0] === 'evalsha') scripted.set(index, command);
+      });
+      const sent = sendAll(commands);
+      return scripted.size > 0 ? sent.then((replies) => resend(replies, scripted)) : sent;
     },
     async blocked(blockMs, read) {
       busyUntil = Date.now() + blockMs;

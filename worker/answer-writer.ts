@@ -79,6 +79,11 @@ export class AnswerWriter {
     return this.ended;
   }
 
+  /** Whether its log was ever made, as far as is known here. */
+  get hasLog(): boolean {
+    return this.opened;
+  }
+
   /** UTF-16 units of the text so far. */
   get length(): number {
     return this.units;

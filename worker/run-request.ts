@@ -8,6 +8,7 @@ import { AnswerWriter } from './answer-writer.ts';
 import type { Appender } from './appender.ts';
 import type { AttemptWatch } from './attempt-watch.ts';
 import type { WorkerConfig } from './config.ts';
+import type { FinishedLogs } from './finished-logs.ts';
 import type { Handler, HandlerResult } from './handler.ts';
 
 /**
@@ -27,6 +28,7 @@ export interface RequestParts {
   queue: RequestQueue;
   appender: Appender;
   log: Logger;
+  finishedLogs: FinishedLogs;
   /** Metrics and traces of one attempt. */
   watch(request: QueuedRequest): AttemptWatch;
   /** For numbers and views. */
@@ -174,13 +176,18 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
       ...(result?.usage ? { usage: result.usage } : {}),
     });
     if (!finished) return lost();
-    if (!finished.acknowledged) await queue.ack(request, worker);
+    await settle(finished.acknowledged);
     if (parts.log.isLevelEnabled('debug'))
       logger().debug(
         { attempt: begun.attempt, ms: Date.now() - running.since, units: writer.length },
         'answered',
       );
     return 'done';
+
+    async function settle(acknowledged: boolean): Promise<void> {
+      if (writer.hasLog) parts.finishedLogs.add(request.user, request.messageId);
+      if (!acknowledged) await queue.ack(request, worker);
+    }
 
     async function retry(failure: RivuletError): Promise<Outcome> {
       await writer.settled(); // what the client saw of this attempt is in the log before the next begins
@@ -224,7 +231,7 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
         { attempt: attempt.attempt, code: failure.code, err: failure.message },
         'failed for good',
       );
-      if (!finished.acknowledged) await queue.ack(request, worker);
+      await settle(finished.acknowledged);
       return 'failed';
     }
 

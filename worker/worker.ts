@@ -12,6 +12,7 @@ import { createTracing } from '../shared/tracing.ts';
 import { createAppender } from './appender.ts';
 import { watchAttempt } from './attempt-watch.ts';
 import type { WorkerConfig } from './config.ts';
+import { watchFinishedLogs } from './finished-logs.ts';
 import type { Handler } from './handler.ts';
 import { keepLeases } from './lease.ts';
 import { createWorkerMetrics } from './metrics.ts';
@@ -81,6 +82,13 @@ export async function startWorker(config: WorkerConfig, handler: Handler, log: L
   let lastBusy = Date.now();
   let roomWaiters: (() => void)[] = [];
 
+  const finishedLogs = watchFinishedLogs({
+    redis,
+    keys,
+    afterMs: config.COMPACT_AFTER_MS,
+    signal: stopKeeping.signal,
+  });
+
   function start(request: QueuedRequest): void {
     lastBusy = Date.now();
     if (running.size >= config.WORKER_CONCURRENCY) {
@@ -97,6 +105,7 @@ export async function startWorker(config: WorkerConfig, handler: Handler, log: L
       queue,
       appender,
       log,
+      finishedLogs,
       watch: (watched) => watchAttempt(watched, { metrics, tracing, worker }),
       onOutcome(outcome) {
         if (outcome === 'done') done++;
@@ -220,7 +229,7 @@ export async function startWorker(config: WorkerConfig, handler: Handler, log: L
     await Promise.race([Promise.all([...running.values()].map((one) => one.ended)), delay(5_000)]);
     await appender.flushed();
     stopKeeping.abort();
-    await Promise.all([leases, sweeper, beating]);
+    await Promise.all([leases, sweeper, beating, finishedLogs.ended]);
     await leaveGroups();
     await registry.leaveWorker(worker).catch(() => {});
     unsubscribe();

@@ -32,10 +32,12 @@ if ARGV[13] then
     local seq = tonumber(string.match(ARGV[7], '%d+$')) - 1
     if seq > 0 then last = ARGV[1] .. '-' .. seq end
   end
-  redis.call('HSET', KEYS[1], 'status', ARGV[4], 'text', ARGV[13] .. ARGV[6], 'last', last,
-    'terminal', ARGV[7] .. ' ' .. ARGV[8] .. ' ' .. ARGV[9])
+  local text, terminal = ARGV[13] .. ARGV[6], ARGV[7] .. ' ' .. ARGV[8] .. ' ' .. ARGV[9]
   if whole then
-    redis.call('HSET', KEYS[1], 'fresh', redis.call('TIME')[1] * 1000 + tonumber(ARGV[12]))
+    local fresh = redis.call('TIME')[1] * 1000 + tonumber(ARGV[12])
+    redis.call('HSET', KEYS[1], 'status', ARGV[4], 'text', text, 'last', last, 'terminal', terminal, 'fresh', fresh)
+  else
+    redis.call('HSET', KEYS[1], 'status', ARGV[4], 'text', text, 'last', last, 'terminal', terminal)
   end
   redis.call('HDEL', KEYS[1], 'payload', 'beat', 'entry', 'tries', 'node', 'admitted', 'owner')
 else

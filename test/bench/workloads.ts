@@ -342,7 +342,7 @@ async function redisMemory(name: SystemName, context: Context): Promise<Numbers>
         cursor = next;
         for (const key of keys) {
           const kind = key.split(':').slice(0, 2).join(':');
-          const bytes = (await look.client.call('memory', 'usage', key)) as number;
+          const bytes = (await look.client.call('memory', 'usage', key, 'samples', '0')) as number;
           sums[kind] = (sums[kind] ?? 0) + bytes;
         }
       } while (cursor !== '0');
