@@ -26,7 +26,7 @@ import { openApiFile } from './http/openapi.ts';
 import { createRoutes, text } from './http/routes.ts';
 import { loadStaticFiles } from './http/static-files.ts';
 import { createGatewayMetrics } from './metrics.ts';
-import { holdNodeLease } from './node-lease.ts';
+import { holdNodeLease, NODE_LEASE_MS } from './node-lease.ts';
 import { createPeople } from './people.ts';
 import { createPolicies } from './policy/create-policies.ts';
 import { tellPositions } from './queue-positions.ts';
@@ -311,7 +311,9 @@ export async function startGateway(config: GatewayConfig, log: Logger): Promise<
           ),
           delay(1_000, false),
         ]);
-        return answered ? null : 'Redis does not answer';
+        if (!answered) return 'Redis does not answer';
+        // It may answer and refuse writes: a master without enough replicas, a full disk, no memory left.
+        return Date.now() - lease.renewedMs > NODE_LEASE_MS ? 'Redis takes no writes' : null;
       },
       pipeline: lookAtPipeline,
       pipelineIsOpen: config.AUTH === 'none',
@@ -346,7 +348,7 @@ export async function startGateway(config: GatewayConfig, log: Logger): Promise<
     const listening = server;
     closers.push(() => listening.stop());
     await lease.renew(); // with the address
-    log.info({ node, host: config.HOST, port: server.port }, 'listening');
+    log.info({ host: config.HOST, port: server.port }, 'listening');
 
     let stopped: Promise<void> | undefined;
     async function stop(): Promise<void> {

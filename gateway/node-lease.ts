@@ -9,7 +9,7 @@ import { isConnectionError } from '../shared/redis.ts';
  * frames, so the second refuses to start; a gateway that died without leaving is replaced when its lease runs out.
  */
 
-const LEASE_MS = 6_000;
+export const NODE_LEASE_MS = 6_000;
 const BEAT_MS = 2_000; // a third of the lease
 
 export interface NodeLease {
@@ -17,6 +17,8 @@ export interface NodeLease {
   readonly instance: string;
   /** Rejects when another instance has taken the id. */
   readonly lost: Promise<never>;
+  /** When Redis last took a renewal, ms. */
+  readonly renewedMs: number;
   /** Writes changed facts at once. */
   renew(): Promise<void>;
   leave(): Promise<void>;
@@ -34,17 +36,18 @@ export async function holdNodeLease(parts: {
   const instance = randomBytes(8).toString('hex');
   const stop = new AbortController();
 
-  let leftMs = await registry.register(node, instance, LEASE_MS, parts.facts());
+  let leftMs = await registry.register(node, instance, NODE_LEASE_MS, parts.facts());
   for (let waited = 0; leftMs > 0; waited += BEAT_MS / 2) {
     if (waited === 0)
-      log.warn({ node, leftMs }, 'this NODE_ID is held; waiting whether its gateway is still alive');
+      log.warn({ leftMs }, 'this NODE_ID is held; waiting whether its gateway is still alive');
     await delay(BEAT_MS / 2);
     const before = leftMs;
-    leftMs = await registry.register(node, instance, LEASE_MS, parts.facts());
+    leftMs = await registry.register(node, instance, NODE_LEASE_MS, parts.facts());
     // Its lease grew while we watched: somebody renews it.
     if (leftMs > before)
       throw new Error(`NODE_ID ${node} is used by another live gateway; give each its own`);
   }
+  let renewedMs = Date.now();
 
   let fail: (error: Error) => void = () => {};
   const lost = new Promise<never>((_, reject) => {
@@ -56,8 +59,9 @@ export async function holdNodeLease(parts: {
       await delay(BEAT_MS, undefined, { signal: stop.signal }).catch(() => {});
       if (stop.signal.aborted) return;
       try {
-        if ((await registry.register(node, instance, LEASE_MS, parts.facts())) > 0)
+        if ((await registry.register(node, instance, NODE_LEASE_MS, parts.facts())) > 0)
           fail(new Error(`NODE_ID ${node} was taken by another gateway while this one was silent`));
+        renewedMs = Date.now();
         await parts.onBeat();
       } catch (error) {
         if (!isConnectionError(error)) log.error({ err: error }, 'lease not renewed');
@@ -68,8 +72,11 @@ export async function holdNodeLease(parts: {
   return {
     instance,
     lost,
+    get renewedMs() {
+      return renewedMs;
+    },
     async renew() {
-      await registry.register(node, instance, LEASE_MS, parts.facts());
+      await registry.register(node, instance, NODE_LEASE_MS, parts.facts());
     },
     async leave() {
       stop.abort();
