@@ -201,7 +201,7 @@ export function createDelivery(parts: {
     setTimeout(() => look().catch(() => {}), 2 * ROUTES_MS).unref(); // on an error, `heal` sees to it
   }
 
-  /** The log had nothing for us: it may have been compacted, or be gone altogether. */
+  /** The log had nothing for us: it may have expired after the end, or be gone altogether. */
   async function stillThere(subscription: Subscription): Promise<boolean> {
     const attached = await store.attach(
       subscription.user,
