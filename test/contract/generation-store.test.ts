@@ -3,6 +3,9 @@ import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { after, before, test } from 'node:test';
+import { setTimeout as delay } from 'node:timers/promises';
+import pino from 'pino';
+import { createDelivery, type Follower } from '../../gateway/delivery.ts';
 import { startRedisServer } from '../../infra/redis-server.ts';
 import { type Attempt, createGenerationStore, type GenerationStore } from '../../shared/generation-store.ts';
 import { createKeys } from '../../shared/keys.ts';
@@ -497,4 +500,32 @@ test('a log with a hole, as a failover can leave it, is written anew with the sa
     entries.map(({ id }) => id),
     ['1-0', '1-1', '1-2', '1-3', '1-4'],
   );
+});
+
+test('what a worker wrote before it knew of a node reaches the client there without a next frame', async () => {
+  const user = nextUser();
+  await admit(user, 'm');
+  const attempt = await running(user, 'm');
+  await append(attempt, 1, 'seen');
+  const delivery = createDelivery({
+    store,
+    node: 'n2',
+    log: pino({ level: 'silent' }),
+    counters: { healed() {}, slow() {}, doubled() {} },
+  });
+  const got: string[] = [];
+  const follower: Follower = {
+    sendText: (text) => void got.push(JSON.parse(text).text),
+    onEnded() {},
+    slow: false,
+    open: true,
+  };
+  const subscription = delivery.hold(follower, user, 'm');
+  const attached = await store.attach(user, 'm', 'n2', '1-1');
+  assert.ok(attached.state === 'attached' && attached.recovered);
+  delivery.release(subscription, '1-1', attached.entries, attached.more);
+  await append(attempt, 2, ' and this'); // published to n1 alone: its worker asks for routes every 50 ms
+  for (let waited = 0; got.length === 0 && waited < 1_500; waited += 20) await delay(20); // `heal` would take 2 s
+  delivery.stop();
+  assert.deepEqual(got, [' and this']);
 });
