@@ -245,23 +245,3 @@ test('a second live gateway with the same id refuses to start', async () => {
   await assert.rejects(stack.addGateway({ node: 'n1' }), /NODE_ID n1 is used by another live gateway/);
   stack.gateways.pop();
 });
-
-test('a Redis that answers and takes no writes makes a gateway not ready, for as long as that lasts', async () => {
-  const { http } = stack.gateways[0]!;
-  const ready = async () => (await fetch(`${http}/readyz`)).text();
-  const client = await stack.client(20090);
-  await stack.look.client.config('SET', 'min-replicas-to-write', '1');
-  try {
-    client.send({ type: 'chat', messageId: 'w1', contents: 'hello', parameters: words(3, 1) });
-    const rejected = await client.next('rejected', 'w1');
-    assert.deepEqual([rejected.code, rejected.temporary], ['internal', true]);
-    await eventually(
-      'not ready',
-      async () => (await ready()) === 'not ready: Redis takes no writes\n',
-      15_000,
-    );
-  } finally {
-    await stack.look.client.config('SET', 'min-replicas-to-write', '0');
-  }
-  await eventually('ready', async () => (await ready()) === 'ready\n', 15_000);
-});

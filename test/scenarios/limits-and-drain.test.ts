@@ -121,6 +121,32 @@ test('a second signal leaves at once with 1', async (t) => {
   assert.equal(await worker.exited, 1);
 });
 
+test('a Redis that answers and takes no writes makes a gateway not ready, for as long as that lasts', async (t) => {
+  const stack = await startStack(t, { workers: 1 });
+  const { http } = stack.gateways[0]!;
+  const ready = async () => (await fetch(`${http}/readyz`)).text();
+  const client = await stack.client(20090);
+  await stack.look.client.config('SET', 'min-replicas-to-write', '1');
+  try {
+    client.send({
+      type: 'chat',
+      messageId: 'w1',
+      contents: 'hello',
+      parameters: { tokens: 3, intervalMs: 1 },
+    });
+    const rejected = await client.next('rejected', 'w1');
+    assert.deepEqual([rejected.code, rejected.temporary], ['internal', true]);
+    await eventually(
+      'not ready',
+      async () => (await ready()) === 'not ready: Redis takes no writes\n',
+      15_000,
+    );
+  } finally {
+    await stack.look.client.config('SET', 'min-replicas-to-write', '0');
+  }
+  await eventually('ready', async () => (await ready()) === 'ready\n', 15_000);
+});
+
 test('a wrong setting stops the start with its name', async () => {
   const cases: [string, Record<string, string>, RegExp][] = [
     ['gateway/main.ts', {}, /NODE_ID is required/],
