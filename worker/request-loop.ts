@@ -109,7 +109,9 @@ export function readRequests(parts: {
       } catch (error) {
         if (signal.aborted) break;
         const { message } = error as Error;
-        log.warn({ err: message }, 'reading requests failed; again soon');
+        // A gateway that leaves takes its empty stream with it.
+        if (message.startsWith('UNBLOCKED')) log.info({ err: message }, 'a node has left');
+        else log.warn({ err: message }, 'reading requests failed; again soon');
         if (message.startsWith('NOGROUP'))
           for (const node of names)
             await queue

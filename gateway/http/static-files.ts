@@ -1,6 +1,6 @@
 import { readdirSync, readFileSync } from 'node:fs';
 import { extname } from 'node:path';
-import { transform } from 'esbuild';
+import { stop, transform } from 'esbuild';
 import type { HttpAnswer } from '../socket-server.ts';
 
 /** The web page's files, read once at start; `client.js` is shared/client.ts without its types. */
@@ -38,6 +38,7 @@ export async function loadStaticFiles(): Promise<Map<string, HttpAnswer>> {
   if (index) files.set('/', index);
   const client = readFileSync(new URL('../../shared/client.ts', import.meta.url), 'utf8');
   const { code } = await transform(client, { loader: 'ts', format: 'esm', target: 'es2022' });
+  await stop(); // its process has nothing more to do here
   add('/client.js', TYPES['.js']!, code);
   return files;
 }
