@@ -36,18 +36,25 @@ export async function holdNodeLease(parts: {
   const instance = randomBytes(8).toString('hex');
   const stop = new AbortController();
 
-  let leftMs = await registry.register(node, instance, NODE_LEASE_MS, parts.facts());
+  let renewedMs = 0;
+  /** How long another instance still holds the id, ms; 0 = it is ours. */
+  async function register(): Promise<number> {
+    const heldMs = await registry.register(node, instance, NODE_LEASE_MS, parts.facts());
+    if (heldMs <= 0) renewedMs = Date.now();
+    return heldMs;
+  }
+
+  let leftMs = await register();
   for (let waited = 0; leftMs > 0; waited += BEAT_MS / 2) {
     if (waited === 0)
       log.warn({ leftMs }, 'this NODE_ID is held; waiting whether its gateway is still alive');
     await delay(BEAT_MS / 2);
     const before = leftMs;
-    leftMs = await registry.register(node, instance, NODE_LEASE_MS, parts.facts());
+    leftMs = await register();
     // Its lease grew while we watched: somebody renews it.
     if (leftMs > before)
       throw new Error(`NODE_ID ${node} is used by another live gateway; give each its own`);
   }
-  let renewedMs = Date.now();
 
   let fail: (error: Error) => void = () => {};
   const lost = new Promise<never>((_, reject) => {
@@ -59,9 +66,8 @@ export async function holdNodeLease(parts: {
       await delay(BEAT_MS, undefined, { signal: stop.signal }).catch(() => {});
       if (stop.signal.aborted) return;
       try {
-        if ((await registry.register(node, instance, NODE_LEASE_MS, parts.facts())) > 0)
+        if ((await register()) > 0)
           fail(new Error(`NODE_ID ${node} was taken by another gateway while this one was silent`));
-        renewedMs = Date.now();
         await parts.onBeat();
       } catch (error) {
         if (!isConnectionError(error)) log.error({ err: error }, 'lease not renewed');
@@ -76,7 +82,7 @@ export async function holdNodeLease(parts: {
       return renewedMs;
     },
     async renew() {
-      await registry.register(node, instance, NODE_LEASE_MS, parts.facts());
+      await register();
     },
     async leave() {
       stop.abort();

@@ -28,7 +28,6 @@ export async function load(url, context, nextLoad) {
     });
     return { format: 'module', source: code, shortCircuit: true };
   } finally {
-    clearTimeout(timer);
     if (--loading === 0) timer = setTimeout(stop, IDLE_MS).unref();
   }
 }

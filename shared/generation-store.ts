@@ -2,7 +2,7 @@ import type { ErrorCode } from './errors.ts';
 import type { Keys } from './keys.ts';
 import type { ChatPayload, FinishReason, GenerationStatus, LogFrame, Usage } from './protocol.ts';
 import { type Command, type RedisConnection, retrying } from './redis.ts';
-import { ENTRIES_KEPT, encodeAddress, type ReplyFrame } from './reply-stream.ts';
+import { publishCommands, type ReplyFrame } from './reply-stream.ts';
 import { GROUP } from './request-queue.ts';
 
 /**
@@ -368,15 +368,11 @@ export function createGenerationStore({
       const recordKeys = [keys.generation(user, messageId), keys.log(user, messageId)];
       const log = [attempt, worker, OPEN_RECORD_MS, text === null ? 0 : 1, text ?? ''];
       if (!publish) return redis.scriptCommand('open_log', recordKeys, log);
+      const [, replies, ...entry] = publishCommands(keys, publish.node, publish.frames)[0]!; // two frames are one entry
       return redis.scriptCommand(
         'open_log',
-        [...recordKeys, keys.replies(publish.node)],
-        [
-          ...log,
-          publish.node,
-          ENTRIES_KEPT,
-          ...publish.frames.flatMap((frame) => [encodeAddress(frame), frame.frame]),
-        ],
+        [...recordKeys, replies as string],
+        [...log, publish.node, ...entry],
       );
     },
 
@@ -446,7 +442,7 @@ export function createGenerationStore({
         attempt.worker,
         messageId,
         type,
-        last ? `${attempt.attempt}-${last.seq}` : '',
+        seq > 1 ? `${attempt.attempt}-${seq - 1}` : '',
         last ? last.text : '',
         `${attempt.attempt}-${seq}`,
         type,

@@ -17,7 +17,7 @@ import type { Command } from './redis.ts';
 
 const FRAMES_PER_ENTRY = 64; // bounds one entry, and with it one read
 const BYTES_PER_ENTRY = 65_536;
-export const ENTRIES_KEPT = 10_000; // seconds of traffic; older frames are healed from the log
+const ENTRIES_KEPT = 10_000; // seconds of traffic; older frames are healed from the log
 
 export type FrameKind = 's' | 't' | 'e';
 
@@ -35,6 +35,11 @@ export function encodeAddress({ user, messageId, before, id, kind }: ReplyFrame)
   return `${user} ${messageId} ${before || '-'} ${id} ${kind}`;
 }
 
+/** What every entry begins with. NOMKSTREAM: a node that is gone must not come back as a key without an owner. */
+function openEntry(keys: Keys, node: string): Command {
+  return ['xadd', keys.replies(node), 'NOMKSTREAM', 'MAXLEN', '~', ENTRIES_KEPT, '*'];
+}
+
 /** The commands that publish frames to a node, few entries of bounded size. */
 export function publishCommands(keys: Keys, node: string, frames: ReplyFrame[]): Command[] {
   const commands: Command[] = [];
@@ -42,8 +47,7 @@ export function publishCommands(keys: Keys, node: string, frames: ReplyFrame[]):
   let bytes = 0;
   for (const frame of frames) {
     if (!command || command.length >= 6 + 2 * FRAMES_PER_ENTRY || bytes > BYTES_PER_ENTRY) {
-      // NOMKSTREAM: a node that is gone must not come back as a key without an owner.
-      command = ['xadd', keys.replies(node), 'NOMKSTREAM', 'MAXLEN', '~', ENTRIES_KEPT, '*'];
+      command = openEntry(keys, node);
       commands.push(command);
       bytes = 0;
     }
@@ -94,5 +98,5 @@ export function publishCloseCommand(
 }
 
 function publishCommand(keys: Keys, node: string, address: string, frame: string): Command {
-  return ['xadd', keys.replies(node), 'NOMKSTREAM', 'MAXLEN', '~', ENTRIES_KEPT, '*', address, frame];
+  return [...openEntry(keys, node), address, frame];
 }

@@ -254,8 +254,9 @@ export class AnswerWriter {
   // What the appender calls.
 
   /**
-   * What to append next, or null. `asks`: who wants it is to be asked too. `opening` makes the log, with the first text if there is any (`seq` 0: none). Nothing
-   * else of this answer is sent meanwhile: were the log made late, a later frame could get in without the first.
+   * What to append next, or null. `asks`: who wants it is to be asked too. `opening` makes the log, with the first text
+   * if there is any (`seq` 0: none). Nothing else of this answer is sent meanwhile: were the log made late, a later
+   * frame could get in without the first.
    */
   take(now: number): { seq: number; text: string | null; opening: boolean; asks: boolean } | null {
     this.scheduled = false;

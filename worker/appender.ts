@@ -6,11 +6,11 @@ import type { AnswerWriter } from './answer-writer.ts';
 
 /**
  * Carries the appends of every answer of this worker. All answers that have text in one event-loop turn share one
- * round trip: for each `XADD log`, `HGET routes`, or first the script that makes the log. What the log took is then
+ * round trip: for each `XADD log`, now and then `HGET routes`, or first the script that makes the log. What the log took is then
  * published, all frames for a node in one entry of its reply stream.
  *
  * Publishing waits for the log (unlike a blind pipeline of both): a worker that was replaced never shows a client
- * a frame that the log refused, and frames go to the routes as they are, not as they were. It costs one round trip
+ * a frame that the log refused, and a frame goes to the routes of the last 50 ms, not to those of its beginning. It costs one round trip
  * of latency, and saves a command per answer and turn.
  */
 export interface Appender {
@@ -88,21 +88,14 @@ export function createAppender({
       let index = 0;
       for (const { writer, seq, opening, asks } of appended) {
         const [error, taken] = replies[index++]!;
-        if (opening) {
-          const opened = error ? null : store.readOpened(taken);
-          if (!opened) writer.refused(seq, error);
-          else {
-            if (seq > 0) tokens++;
-            writer.stored(seq, opened.routes, opened.published);
-          }
+        const [routesError, routes] = asks ? replies[index++]! : [null, undefined];
+        if (error || routesError || taken === null) {
+          writer.refused(seq, error ?? routesError);
           continue;
         }
-        const [routesError, routes] = asks ? replies[index++]! : [null, undefined];
-        if (error || routesError || taken === null) writer.refused(seq, error ?? routesError);
-        else {
-          tokens++;
-          writer.stored(seq, routes as string | null | undefined);
-        }
+        if (seq > 0) tokens++;
+        const opened = opening ? store.readOpened(taken) : null; // it answers with the routes
+        writer.stored(seq, opened ? opened.routes : (routes as string | null | undefined), opened?.published);
       }
       // A lost publish is not repeated: gateways heal it from the log.
       settle();

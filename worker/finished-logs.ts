@@ -27,30 +27,22 @@ export function watchFinishedLogs(parts: {
   signal: AbortSignal;
 }): FinishedLogs {
   const { redis, keys, afterMs, signal } = parts;
-  let logs: { key: string; due: number }[] = [];
-  let next = 0;
+  const logs: { key: string; due: number }[] = []; // in the order in which they are due
 
   async function look(): Promise<void> {
     while (!signal.aborted) {
-      const waitMs = (logs[next]?.due ?? Number.POSITIVE_INFINITY) - Date.now();
+      const waitMs = (logs[0]?.due ?? Number.POSITIVE_INFINITY) - Date.now();
       await delay(Math.max(STEP_MS, Math.min(1_000, waitMs)), undefined, { signal }).catch(() => {});
-      const due: string[] = [];
-      for (const now = Date.now(); due.length < BATCH && next < logs.length; next++) {
-        const { key, due: at } = logs[next]!;
-        if (at > now) break;
-        due.push(key);
-      }
-      if (due.length > 0) await redis.batch(due.map((key) => ['exists', key]));
-      if (next > 1_024 && next * 2 > logs.length) {
-        logs = logs.slice(next);
-        next = 0;
-      }
+      const now = Date.now();
+      const due = logs.slice(0, BATCH).filter((log) => log.due <= now);
+      logs.splice(0, due.length);
+      if (due.length > 0) await redis.batch(due.map(({ key }) => ['exists', key]));
     }
   }
 
   return {
     add(user, messageId) {
-      if (logs.length - next < KEPT)
+      if (logs.length < KEPT)
         logs.push({ key: keys.log(user, messageId), due: Date.now() + afterMs + LATE_MS });
     },
     ended: look(),

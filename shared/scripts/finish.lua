@@ -2,7 +2,7 @@
 -- log goes by itself a while later: a stream costs 4.7 KB at the least on Redis 7.0, a field a few bytes. An answer that
 -- never had a log gets none now.
 -- KEYS: 1 record, 2 log, 3 the user's open generations, 4 the user's quota
--- ARGV: 1 attempt, 2 worker, 3 message id, 4 status, 5 id of the last text or '', 6 last text,
+-- ARGV: 1 attempt, 2 worker, 3 message id, 4 status, 5 id of the last text or '', 6 that text, or '' when the log has it,
 --       7 terminal id, 8 terminal type, 9 terminal frame without ids (JSON), 10 retention in ms,
 --       11 '1' when its log was never opened, 12 how long the log stays (or would have stayed) in ms, 13 the text before
 --       the last, or nothing: the text is too long for a record, and stays a log
@@ -19,25 +19,20 @@ if record[1] ~= 'running' or record[2] ~= ARGV[1] or record[3] ~= ARGV[2] then
 end
 local whole = ARGV[11] == '1' and top == ''
 if not whole then
-  local first = ARGV[5] ~= '' and ARGV[5] or ARGV[7]
+  local first = ARGV[6] ~= '' and ARGV[5] or ARGV[7]
   local seq = tonumber(string.match(first, '%d+$'))
   if top ~= ARGV[1] .. '-' .. (seq - 1) then return { 'behind', top } end
-  if ARGV[5] ~= '' then redis.call('XADD', KEYS[2], ARGV[5], 'token', ARGV[6]) end
+  if ARGV[6] ~= '' then redis.call('XADD', KEYS[2], ARGV[5], 'token', ARGV[6]) end
   redis.call('XADD', KEYS[2], ARGV[7], ARGV[8], ARGV[9])
   redis.call('PEXPIRE', KEYS[2], ARGV[13] and ARGV[12] or ARGV[10])
 end
 if ARGV[13] then
-  local last = ARGV[5]
-  if last == '' then
-    local seq = tonumber(string.match(ARGV[7], '%d+$')) - 1
-    if seq > 0 then last = ARGV[1] .. '-' .. seq end
-  end
   local text, terminal = ARGV[13] .. ARGV[6], ARGV[7] .. ' ' .. ARGV[8] .. ' ' .. ARGV[9]
   if whole then
     local fresh = redis.call('TIME')[1] * 1000 + tonumber(ARGV[12])
-    redis.call('HSET', KEYS[1], 'status', ARGV[4], 'text', text, 'last', last, 'terminal', terminal, 'fresh', fresh)
+    redis.call('HSET', KEYS[1], 'status', ARGV[4], 'text', text, 'last', ARGV[5], 'terminal', terminal, 'fresh', fresh)
   else
-    redis.call('HSET', KEYS[1], 'status', ARGV[4], 'text', text, 'last', last, 'terminal', terminal)
+    redis.call('HSET', KEYS[1], 'status', ARGV[4], 'text', text, 'last', ARGV[5], 'terminal', terminal)
   end
   redis.call('HDEL', KEYS[1], 'payload', 'beat', 'entry', 'tries', 'node', 'admitted', 'owner')
 else

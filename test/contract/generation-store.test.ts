@@ -3,7 +3,6 @@ import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { after, before, test } from 'node:test';
-import { setTimeout as delay } from 'node:timers/promises';
 import pino from 'pino';
 import { createDelivery, type Follower } from '../../gateway/delivery.ts';
 import { startRedisServer } from '../../infra/redis-server.ts';
@@ -11,6 +10,7 @@ import { type Attempt, createGenerationStore, type GenerationStore } from '../..
 import { createKeys } from '../../shared/keys.ts';
 import { createRedis, type RedisConnection } from '../../shared/redis.ts';
 import { createRequestQueue, type RequestQueue } from '../../shared/request-queue.ts';
+import { eventually } from '../helpers/eventually.ts';
 
 /** The log and the queue against a real Redis: what everything else stands on. */
 
@@ -525,7 +525,7 @@ test('what a worker wrote before it knew of a node reaches the client there with
   assert.ok(attached.state === 'attached' && attached.recovered);
   delivery.release(subscription, '1-1', attached.entries, attached.more);
   await append(attempt, 2, ' and this'); // published to n1 alone: its worker asks for routes every 50 ms
-  for (let waited = 0; got.length === 0 && waited < 1_500; waited += 20) await delay(20); // `heal` would take 2 s
+  await eventually('the rest', () => got.length > 0, 1_500); // `heal` would take 2 s
   delivery.stop();
   assert.deepEqual(got, [' and this']);
 });
