@@ -122,7 +122,15 @@ export function createAdmission(parts: {
           try {
             if (admitted.state === 'created') {
               const { position, full } =
-                admitted.queued ?? (await queue.enqueue(node, user, messageId, parts.queueLimit, trace));
+                admitted.queued ??
+                (await queue.enqueue(
+                  node,
+                  user,
+                  messageId,
+                  parts.queueLimit,
+                  trace,
+                  JSON.stringify(payload),
+                ));
               if (!full) return { state: 'created', position, home: node };
               if (!admitted.queued) await store.forget(user, messageId);
               return reject('queue_full', {

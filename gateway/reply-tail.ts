@@ -12,7 +12,7 @@ import { BLOCK_MS, type RedisConnection } from '../shared/redis.ts';
  * frames were missed, so `onBroken` has everything compared with the logs.
  */
 
-const READ_ENTRIES = 16; // entries are up to 64 KB: bounds one reply to about 1 MB
+const READ_ENTRIES = 4; // entries are up to 64 KB: bounds one reply to about 1 MB
 const EXPIRE_MS = 600_000; // a node that is gone leaves no key for longer than this
 const PAUSE_MS = 200;
 

@@ -3,7 +3,7 @@ import type { Keys } from './keys.ts';
 import type { ChatPayload, FinishReason, GenerationStatus, LogFrame, Usage } from './protocol.ts';
 import { type Command, type RedisConnection, retrying } from './redis.ts';
 import { publishCommands, type ReplyFrame } from './reply-stream.ts';
-import { GROUP } from './request-queue.ts';
+import { GROUP, REQUEST_PAYLOAD_BYTES } from './request-queue.ts';
 
 /**
  * Records and logs of generations: *the log is the lock*.
@@ -11,9 +11,9 @@ import { GROUP } from './request-queue.ts';
  * A log is a stream whose entry ids are frame ids, `<attempt>-<seq>`. Entry shapes, one field each:
  * `start <attempt>` · `token <text>` · `done <JSON>` · `failed <JSON>`.
  * States of a record: queued → running → done | failed | cancelled, and running → queued at a retry.
- * `begin` alone opens an attempt, and writes its start where there is an older attempt to be kept out; the log of a
- * first attempt is made by `openLogCommand`. Appends say NOMKSTREAM and an explicit id, so Redis itself refuses a
- * worker that has been replaced. Every step here is one script, and safe to repeat.
+ * `begin` opens an attempt. The first attempt of a request that came with its payload is opened by what its worker has
+ * to write first: its log (`openFirstCommand`), or all of it (`finish`). Appends say NOMKSTREAM and an explicit id, so Redis itself refuses a
+ * worker that has been replaced. Every step here is one script, and safe to repeat, but for `openFirstCommand`.
  */
 
 /** An open record lives this long without an attempt; then it is given up with everything it holds. */
@@ -76,9 +76,6 @@ export type Begun =
       routes: string[];
       /** The id in the log before this attempt's `start`, or empty. */
       before: string;
-      admittedMs: number;
-      /** Whether the log has this attempt's start already. */
-      opened: boolean;
     };
 
 export type Terminal =
@@ -88,6 +85,8 @@ export type Terminal =
 export type Finished =
   | { state: 'ended'; routes: string[]; acknowledged: boolean }
   | { state: 'fenced' }
+  /** It had not begun, and is no first attempt. */
+  | { state: 'stale' }
   | { state: 'behind'; top: string };
 
 export type Cancelled =
@@ -160,7 +159,7 @@ export function createGenerationStore({
         [admitted, queued] = (await redis.script(
           'admit_and_enqueue',
           [...recordKeys, keys.requests(options.node), keys.retries(options.node), ...doorKeys],
-          [user, options.queueLimit, options.trace ?? '', ...record],
+          [user, options.queueLimit, options.trace ?? '', REQUEST_PAYLOAD_BYTES, ...record],
         )) as [unknown, [number, number?]?];
       const [state, status, node] = admitted as [string, GenerationStatus?, string?];
       switch (state) {
@@ -332,7 +331,7 @@ export function createGenerationStore({
           [keys.generation(user, messageId), keys.log(user, messageId)],
           [carrierOf(options), options.worker, options.maxTries, options.leaseMs, OPEN_RECORD_MS],
         ),
-      )) as [string, number, number, string, string, string, string, number];
+      )) as [string, number, number, string, string, string];
       switch (reply[0]) {
         case 'missing':
         case 'terminal':
@@ -347,8 +346,6 @@ export function createGenerationStore({
             payload: JSON.parse(reply[3] || '{"contents":""}') as ChatPayload,
             routes: splitRoutes(reply[4]),
             before: reply[5],
-            admittedMs: Number(reply[6]),
-            opened: reply[7] === 1,
           };
         default:
           throw new Error(`begin.lua answered ${reply[0]}`);
@@ -356,27 +353,28 @@ export function createGenerationStore({
     },
 
     /**
-     * The command that makes the log of a first attempt, with its first text if there is any. Read its answer with
-     * `readOpened`.
-     * @param publish on a single server: the node that wants the frames, if it is the only one, and the frames
+     * The command that opens a first attempt that nobody asked for yet, and makes its log, with its first text if there is
+     * any. Read its answer with `readOpened`. If that is lost, `restore` finds out; it must not be repeated.
+     * @param publish on a single server: the node that is likely to want the frames, and the frames
      */
-    openLogCommand(
-      { user, messageId, attempt, worker }: Attempt,
+    openFirstCommand(
+      attempt: Attempt,
       text: string | null,
       publish: { node: string; frames: ReplyFrame[] } | null = null,
     ): Command {
+      const { user, messageId, worker } = attempt;
       const recordKeys = [keys.generation(user, messageId), keys.log(user, messageId)];
-      const log = [attempt, worker, OPEN_RECORD_MS, text === null ? 0 : 1, text ?? ''];
-      if (!publish) return redis.scriptCommand('open_log', recordKeys, log);
+      const log = [carrierOf(attempt), worker, OPEN_RECORD_MS, text === null ? 0 : 1, text ?? ''];
+      if (!publish) return redis.scriptCommand('open_first', recordKeys, log);
       const [, replies, ...entry] = publishCommands(keys, publish.node, publish.frames)[0]!; // two frames are one entry
       return redis.scriptCommand(
-        'open_log',
+        'open_first',
         [...recordKeys, replies as string],
         [...log, publish.node, ...entry],
       );
     },
 
-    /** Null when the attempt was replaced. `published`: the frames went out with it. */
+    /** Null when it is no first attempt; nothing has changed then. `published`: the frames went out with it. */
     readOpened(reply: unknown): { routes: string; published: boolean } | null {
       if (reply === null) return null;
       const [routes, published] = reply as [string, number];
@@ -419,7 +417,7 @@ export function createGenerationStore({
      * was done is in the answer.
      * @param last text that was not appended yet, under its seq
      * @param seq of the terminal frame
-     * @param opened whether the log was ever made; if not, none is made now
+     * @param begun false for a first attempt that nobody asked for yet: it begins and ends in this step, without a log
      * @param textBefore all text before `last`; null when the whole is more than RECORD_TEXT_BYTES
      */
     async finish(
@@ -427,7 +425,7 @@ export function createGenerationStore({
       last: { seq: number; text: string } | null,
       seq: number,
       terminal: Terminal,
-      { opened, textBefore }: { opened: boolean; textBefore: string | null },
+      { begun, textBefore }: { begun: boolean; textBefore: string | null },
     ): Promise<Finished> {
       const { user, messageId } = attempt;
       const { type, ...rest } = terminal;
@@ -448,7 +446,7 @@ export function createGenerationStore({
         type,
         JSON.stringify(rest),
         retentionMs,
-        opened ? 0 : 1,
+        begun ? 0 : 1,
         logMs,
         ...(textBefore === null ? [] : [textBefore]),
       ];
@@ -469,6 +467,8 @@ export function createGenerationStore({
           };
         case 'behind':
           return { state: 'behind', top: reply[1] ?? '' };
+        case 'stale':
+          return { state: 'stale' };
         default:
           return { state: 'fenced' };
       }

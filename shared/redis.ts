@@ -92,7 +92,7 @@ export type ScriptName =
   | 'keep_connection'
   | 'leave_node'
   | 'move_home'
-  | 'open_log'
+  | 'open_first'
   | 'promote'
   | 'read_inbox'
   | 'register_node'

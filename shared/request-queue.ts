@@ -2,13 +2,15 @@ import type { Keys } from './keys.ts';
 import { type RedisConnection, retrying } from './redis.ts';
 
 /**
- * The request streams: one per node, read by all workers through one group. Entries are small carriers
- * (`user`, `message`, `trace`); the record of the generation is the truth. At-least-once: an entry may come
- * twice, `begin` sorts that out. An entry leaves only by acknowledge+delete in one step, so `XLEN` counts
- * exactly what waits and runs.
+ * The request streams: one per node, read by all workers through one group. Entries are small carriers (`user`,
+ * `message`, `trace`, and a small `payload`, with which a worker can begin without asking); the record of the generation
+ * is the truth. At-least-once: an entry may come twice, the scripts that begin sort that out. An entry leaves only by
+ * acknowledge+delete in one step, so `XLEN` counts exactly what waits and runs.
  */
 
 export const GROUP = 'workers';
+/** Of a payload that goes with its request: whoever looks for a place in the queue reads these too. */
+export const REQUEST_PAYLOAD_BYTES = 4_096;
 const DEAD_LETTERS_KEPT = 10_000; // a node; payloads are bounded by MAX_FRAME_BYTES
 const DEAD_LETTERS_MS = 30 * 24 * 3_600_000; // after the last one
 const POSITIONS_PAGE = 1_000;
@@ -20,6 +22,8 @@ export interface QueuedRequest {
   user: string;
   messageId: string;
   trace: string;
+  /** The payload (JSON), or '' where only the record has it. */
+  payload: string;
   /** How often it was given to a worker, this time included; more than once when workers died with it. */
   deliveries: number;
 }
@@ -32,6 +36,7 @@ export interface RequestQueue {
     messageId: string,
     limit: number,
     trace?: string,
+    payload?: string,
   ): Promise<{ position: number; full: boolean }>;
   /** The number of requests ahead of it, or -1 when neither stream nor retry set holds it. */
   find(node: string, user: string, messageId: string): Promise<number>;
@@ -71,12 +76,12 @@ export interface RequestQueue {
 
 export function createRequestQueue({ redis, keys }: { redis: RedisConnection; keys: Keys }): RequestQueue {
   return {
-    async enqueue(node, user, messageId, limit, trace = '') {
+    async enqueue(node, user, messageId, limit, trace = '', payload = '') {
       // Not repeated on a lost connection: whether it was appended is not known. Admission finds out.
       const [position, length] = (await redis.script(
         'enqueue',
         [keys.requests(node), keys.retries(node)],
-        [limit, user, messageId, trace],
+        [limit, user, messageId, trace, Buffer.byteLength(payload) <= REQUEST_PAYLOAD_BYTES ? payload : ''],
       )) as [number, number?];
       return position < 0 ? { position: length!, full: true } : { position, full: false };
     },
@@ -213,11 +218,20 @@ export function createRequestQueue({ redis, keys }: { redis: RedisConnection; ke
 
 /** An entry of a request stream as an object. */
 export function readRequest(node: string, entry: string, fields: string[]): QueuedRequest {
-  const request: QueuedRequest = { node, entry, user: '', messageId: '', trace: '', deliveries: 1 };
+  const request: QueuedRequest = {
+    node,
+    entry,
+    user: '',
+    messageId: '',
+    trace: '',
+    payload: '',
+    deliveries: 1,
+  };
   for (let index = 0; index < fields.length; index += 2) {
     if (fields[index] === 'user') request.user = fields[index + 1]!;
     else if (fields[index] === 'message') request.messageId = fields[index + 1]!;
     else if (fields[index] === 'trace') request.trace = fields[index + 1]!;
+    else if (fields[index] === 'payload') request.payload = fields[index + 1]!;
   }
   return request;
 }

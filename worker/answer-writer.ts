@@ -23,10 +23,11 @@ import type { Appender } from './appender.ts';
  * event-loop turn when nothing of this answer is in flight; else it coalesces until the append returns, or until
  * `COALESCE_MS`.
  *
- * The start of a first attempt is written in the same way, at the end of the turn: an answer that is complete by then
- * needs no log at all.
+ * A first attempt may be written before Redis was asked for it (`expect`): what opens it is what is written first, at the
+ * end of the turn. An answer that is complete by then begins and ends in one step, and needs no log at all.
  *
- * States: open → (an append failed) mending → open | fenced; open → ended. A refusal is read, not guessed: mending
+ * States: (expected →) open → (an append failed) mending → open | fenced; open → ended. An expected one may turn out to be
+ * stale: no first attempt, and nothing of it was written. A refusal is read, not guessed: mending
  * asks Redis who owns the log, appends again what it lacks, and only then says "fenced".
  * Memory: the attempt's whole text, because a failover may take any of it from the log.
  */
@@ -45,7 +46,7 @@ export class AnswerWriter {
   private pending = '';
   private inFlight = 0;
   private publishedSeq = 0;
-  /** The log has this attempt's start. Until then at most one append is in flight: the one that makes the log. */
+  /** The attempt has begun and has its log. Until then at most one append is in flight: the one that does that. */
   private opened = false;
   private startPublished = false;
   private routes: string[] = []; // as they were when they were last asked for
@@ -57,14 +58,17 @@ export class AnswerWriter {
   private units = 0;
   private bytes = 0;
   private ended = false;
+  /** Nothing more is written: the attempt was replaced, or ended by somebody else, or is stale. */
   fenced = false;
+  /** It was expected to be the first attempt, and is not. */
+  stale = false;
   lastAppendMs = Date.now();
 
   private readonly parts: {
     store: GenerationStore;
     appender: Appender;
     logger: () => Logger;
-    /** Called once, when this attempt has been replaced or ended by somebody else. */
+    /** Called once, when `fenced` is set. */
     onFenced: () => void;
     signal: AbortSignal;
   };
@@ -95,13 +99,18 @@ export class AnswerWriter {
     return this.bytes + Buffer.byteLength(this.pending) > bytes;
   }
 
-  /** The attempt has begun; `opened` when its start is in the log already. */
-  started(routes: string[], before: string, opened: boolean): void {
-    this.opened = opened;
+  /** The attempt has begun, and its start is in the log, after the entry `before`. */
+  started(routes: string[], before: string): void {
+    this.opened = true;
     this.routes = routes;
     this.routesMs = Date.now();
-    if (opened) this.publishStart(routes, before);
-    else this.schedule();
+    this.publishStart(routes, before);
+  }
+
+  /** It is likely to be the first attempt, and `node` to be who wants it. */
+  expect(node: string): void {
+    this.routes = [node];
+    this.schedule();
   }
 
   private publishStart(routes: string[], before: string): void {
@@ -163,7 +172,7 @@ export class AnswerWriter {
   }
 
   /**
-   * Ends the answer, and acknowledges its request where that is one step; null when the attempt had been replaced.
+   * Ends the answer, and acknowledges its request where that is one step; null when `fenced`.
    */
   async finish(terminal: Terminal): Promise<Extract<Finished, { state: 'ended' }> | null> {
     const { store, logger } = this.parts;
@@ -185,10 +194,11 @@ export class AnswerWriter {
       const seq = this.texts.length + (last ? 2 : 1);
       try {
         const finished = await store.finish(this.attempt, last, seq, terminal, {
-          opened: this.opened,
+          begun: this.opened,
           textBefore: this.exceeds(RECORD_TEXT_BYTES) ? null : this.texts.join(''),
         });
-        if (finished.state === 'fenced') {
+        if (finished.state === 'fenced' || finished.state === 'stale') {
+          this.stale = finished.state === 'stale';
           this.setFenced();
           return null;
         }
@@ -221,9 +231,9 @@ export class AnswerWriter {
     }
   }
 
-  /** Waits until everything pushed so far is in the log. False when fenced. */
+  /** Waits until it has begun and everything pushed so far is in the log. False when fenced. */
   async settled(): Promise<boolean> {
-    while (!this.fenced && (this.inFlight > 0 || this.mending || this.hasText)) {
+    while (!this.fenced && (this.inFlight > 0 || this.mending || this.hasText || !this.opened)) {
       if (this.inFlight === 0 && !this.mending) this.schedule();
       await this.changed();
     }
@@ -239,7 +249,8 @@ export class AnswerWriter {
 
   /** Compares the log with what was written, after a reconnect. */
   check(): void {
-    if (!this.ended && !this.fenced) void this.mend('the connection was lost');
+    const written = this.opened || this.inFlight > 0;
+    if (written && !this.ended && !this.fenced) void this.mend('the connection was lost');
   }
 
   setFenced(): void {
@@ -254,9 +265,9 @@ export class AnswerWriter {
   // What the appender calls.
 
   /**
-   * What to append next, or null. `asks`: who wants it is to be asked too. `opening` makes the log, with the first text
-   * if there is any (`seq` 0: none). Nothing else of this answer is sent meanwhile: were the log made late, a later
-   * frame could get in without the first.
+   * What to append next, or null. `asks`: who wants it is to be asked too. `opening` begins the attempt and makes its log,
+   * with the first text if there is any (`seq` 0: none). Nothing else of this answer is sent meanwhile: were the log made
+   * late, a later frame could get in without the first.
    */
   take(now: number): { seq: number; text: string | null; opening: boolean; asks: boolean } | null {
     this.scheduled = false;
@@ -310,8 +321,14 @@ export class AnswerWriter {
     this.notify();
   }
 
+  /** @param error null: the log is gone, or this is no first attempt */
   refused(seq: number, error: Error | null): void {
     this.inFlight--;
+    if (!this.opened && error === null) {
+      this.stale = true;
+      this.setFenced();
+      return;
+    }
     this.parts.logger().debug({ seq, err: error?.message }, 'append refused');
     void this.mend(error?.message ?? 'the log is gone');
     this.notify();
@@ -360,6 +377,7 @@ export class AnswerWriter {
           return;
         }
         logger().info({ reason, state: restored.state }, 'attempt lost');
+        this.stale = !this.opened;
         this.setFenced();
         return;
       } catch (error) {

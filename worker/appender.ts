@@ -6,7 +6,7 @@ import type { AnswerWriter } from './answer-writer.ts';
 
 /**
  * Carries the appends of every answer of this worker. All answers that have text in one event-loop turn share one
- * round trip: for each `XADD log`, now and then `HGET routes`, or first the script that makes the log. What the log took is then
+ * round trip: for each `XADD log`, now and then `HGET routes`, or first the script that begins it. What the log took is then
  * published, all frames for a node in one entry of its reply stream.
  *
  * Publishing waits for the log (unlike a blind pipeline of both): a worker that was replaced never shows a client
@@ -25,7 +25,16 @@ export interface Appender {
 
 /** First frames that are published as their logs are made; more in one turn share an entry, a round trip later. */
 const MOST_PUBLISHED = 4;
+/** Answers whose appends travel together: what a turn has for more of them is published in parts, as Redis has them. */
+const BATCH = 64;
 const AWAY_MS = 20; // between looks whether Redis is back
+
+interface Append {
+  writer: AnswerWriter;
+  seq: number;
+  opening: boolean;
+  asks: boolean;
+}
 
 export function createAppender({
   redis,
@@ -61,32 +70,40 @@ export function createAppender({
     const writers = dirty;
     outgoing = new Map();
     dirty = [];
-    const commands: Command[] = [];
-    const appended: { writer: AnswerWriter; seq: number; opening: boolean; asks: boolean }[] = [];
-    const now = Date.now();
     const publishes = !redis.isCluster && writers.length <= MOST_PUBLISHED;
+    const published: Command[] = [];
+    for (const [node, list] of frames) published.push(...publishCommands(keys, node, list));
+    if (published.length > 0) send(published, []); // a lost publish is not repeated: gateways heal it from the log
+    for (let from = 0; from < writers.length; from += BATCH)
+      append(writers.slice(from, from + BATCH), publishes);
+    settle();
+  }
+
+  function append(writers: AnswerWriter[], publishes: boolean) {
+    const commands: Command[] = [];
+    const appends: Append[] = [];
+    const now = Date.now();
     for (const writer of writers) {
       const append = writer.take(now);
       if (!append) continue;
       const { seq, text, opening, asks } = append;
-      appended.push({ writer, seq, opening, asks });
+      appends.push({ writer, seq, opening, asks });
       if (opening)
-        commands.push(store.openLogCommand(writer.attempt, text, publishes ? writer.firstFrames() : null));
+        commands.push(store.openFirstCommand(writer.attempt, text, publishes ? writer.firstFrames() : null));
       else commands.push(store.appendCommand(writer.attempt, seq, text!));
       if (asks) commands.push(store.routesCommand(writer.attempt));
     }
-    for (const [node, list] of frames) commands.push(...publishCommands(keys, node, list));
-    if (commands.length === 0) {
-      settle();
-      return;
-    }
+    if (commands.length > 0) send(commands, appends);
+  }
+
+  function send(commands: Command[], appends: Append[]) {
     underWay++;
     const sent = redis.batch(commands);
-    redis.flush(); // this is the end of the turn
+    redis.flush(); // Redis gets to work while the rest is put together
     sent.then((replies) => {
       underWay--;
       let index = 0;
-      for (const { writer, seq, opening, asks } of appended) {
+      for (const { writer, seq, opening, asks } of appends) {
         const [error, taken] = replies[index++]!;
         const [routesError, routes] = asks ? replies[index++]! : [null, undefined];
         if (error || routesError || taken === null) {
@@ -97,7 +114,6 @@ export function createAppender({
         const opened = opening ? store.readOpened(taken) : null; // it answers with the routes
         writer.stored(seq, opened ? opened.routes : (routes as string | null | undefined), opened?.published);
       }
-      // A lost publish is not repeated: gateways heal it from the log.
       settle();
     });
   }

@@ -14,6 +14,10 @@ import type { Handler, HandlerResult } from './handler.ts';
 /**
  * One request, from begin to its end: done, failed, handed to a retry, or lost to another worker. Never throws;
  * what cannot be settled here is left pending, and claimed by somebody after the lease.
+ *
+ * A request that comes for the first time, with its payload, is all but certainly a first attempt: its model is called
+ * at once, a round trip sooner, and what Redis has to say to that comes with the answer to the first write. Should it not
+ * be one (it was cancelled meanwhile, or is in a stream twice), the model is stopped and `begin` decides.
  */
 
 const MAX_RETRY_MS = 600_000; // the most that a Retry-After is obeyed
@@ -55,7 +59,7 @@ export interface RunningRequest {
 class Released extends Error {}
 
 export function runRequest(request: QueuedRequest, parts: RequestParts): RunningRequest {
-  const controller = new AbortController();
+  let controller = new AbortController();
   const watch = parts.watch(request);
   let timedOut = false;
   let child: Logger | undefined;
@@ -102,6 +106,15 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
 
   async function work(): Promise<Outcome> {
     const { store, queue, worker, config } = parts;
+    if (request.payload !== '' && request.deliveries === 1) {
+      const payload = JSON.parse(request.payload) as ChatPayload;
+      const outcome = await run({ attempt: 1, tries: 1, payload }, (writer) => writer.expect(request.node));
+      if (outcome !== 'stale') return outcome;
+      logger().info('no first attempt; asking what it is');
+      const { reason } = controller.signal;
+      controller = new AbortController();
+      if (reason instanceof Released) controller.abort(reason);
+    }
     const begun = await store.begin({
       user: request.user,
       messageId: request.messageId,
@@ -116,6 +129,17 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
       await queue.ack(request, worker);
       return 'skipped';
     }
+    const outcome = await run(begun, (writer) => writer.started(begun.routes, begun.before));
+    return outcome === 'stale' ? 'fenced' : outcome; // what has begun is never stale
+  }
+
+  /** One attempt, from its first write to its end. 'stale': it was none, and nothing has changed. */
+  async function run(
+    begun: { attempt: number; tries: number; payload: ChatPayload; state?: 'run' | 'exhausted' },
+    open: (writer: AnswerWriter) => void,
+  ): Promise<Outcome | 'stale'> {
+    const { store, queue, worker, config } = parts;
+    const { payload, tries } = begun;
     const attempt: Attempt = {
       user: request.user,
       messageId: request.messageId,
@@ -124,7 +148,6 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
       node: request.node,
       entry: request.entry,
     };
-    const { payload } = begun;
     running.attempt = begun.attempt;
     watch.begun(begun.attempt);
     const writer = new AnswerWriter(attempt, {
@@ -132,20 +155,17 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
       appender: parts.appender,
       logger,
       onFenced() {
-        watch.fenced();
+        if (!writer.stale) watch.fenced();
         controller.abort(new Error('the attempt was replaced'));
       },
       signal: controller.signal,
     });
     running.writer = writer;
-    writer.started(begun.routes, begun.before, begun.opened);
+    open(writer);
     if (begun.state === 'exhausted') {
       return fail(
-        new RivuletError(
-          'attempts_exhausted',
-          `Every one of ${begun.tries - 1} attempts ended without an answer.`,
-        ),
-        begun.tries - 1,
+        new RivuletError('attempts_exhausted', `Every one of ${tries - 1} attempts ended without an answer.`),
+        tries - 1,
       );
     }
 
@@ -156,17 +176,13 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
       if (writer.fenced) return lost();
       if (controller.signal.reason instanceof Released) return release();
       const failure = toFailure(error);
-      if (!failure.temporary || timedOut) return fail(failure, begun.tries);
-      if (begun.tries < config.MAX_ATTEMPTS) return retry(failure);
+      if (!failure.temporary || timedOut) return fail(failure, tries);
+      if (tries < config.MAX_ATTEMPTS) return retry(failure);
       return fail(
-        new RivuletError(
-          'attempts_exhausted',
-          `${begun.tries} attempts failed; the last one: ${failure.message}`,
-          {
-            cause: failure,
-          },
-        ),
-        begun.tries,
+        new RivuletError('attempts_exhausted', `${tries} attempts failed; the last one: ${failure.message}`, {
+          cause: failure,
+        }),
+        tries,
       );
     }
     const finished = await writer.finish({
@@ -189,15 +205,11 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
       if (!acknowledged) await queue.ack(request, worker);
     }
 
-    async function retry(failure: RivuletError): Promise<Outcome> {
+    async function retry(failure: RivuletError): Promise<Outcome | 'stale'> {
       await writer.settled(); // what the client saw of this attempt is in the log before the next begins
       writer.abandon();
       if (!(await store.release(attempt, true))) return lost();
-      const backoff = backoffMs(
-        begun.state === 'run' ? begun.tries : 1,
-        config.RETRY_BASE_MS,
-        MAX_BACKOFF_MS,
-      );
+      const backoff = backoffMs(tries, config.RETRY_BASE_MS, MAX_BACKOFF_MS);
       const delayMs = Math.min(MAX_RETRY_MS, Math.max(backoff, failure.retryAfterMs ?? 0));
       await queue.retryLater(request, worker, delayMs);
       logger().warn(
@@ -207,7 +219,7 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
       return 'retry';
     }
 
-    async function fail(failure: RivuletError, tries: number): Promise<Outcome> {
+    async function fail(failure: RivuletError, attempts: number): Promise<Outcome | 'stale'> {
       const terminal: Terminal = {
         type: 'failed',
         code: failure.code,
@@ -215,10 +227,11 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
         temporary: failure.temporary,
       };
       if (failure.code === 'attempts_exhausted') {
+        if (!(await writer.settled())) return lost();
         watch.deadLetter();
         // Before the end: a crash between the two leaves a second letter, not none.
         await queue.deadLetter(request, worker, {
-          attempts: tries,
+          attempts,
           lastAttempt: attempt.attempt,
           code: failure.code,
           reason: failure.message.slice(0, 500),
@@ -235,7 +248,7 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
       return 'failed';
     }
 
-    async function release(): Promise<Outcome> {
+    async function release(): Promise<Outcome | 'stale'> {
       await writer.settled();
       writer.abandon();
       if (!(await store.release(attempt, false))) return lost();
@@ -244,7 +257,8 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
       return 'released';
     }
 
-    async function lost(): Promise<Outcome> {
+    async function lost(): Promise<Outcome | 'stale'> {
+      if (writer.stale) return 'stale';
       // Ended by a cancel: the entry is still ours to remove. Taken over: the script finds it is not.
       const [record] = await store.inspect([request]);
       const ended =

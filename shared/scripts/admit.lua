@@ -20,11 +20,11 @@ for i = 1, #open, 2 do
   end
 end
 if count >= tonumber(ARGV[5]) then return { 'too_many_active' } end
-local time = redis.call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local most = tonumber(redis.call('HGET', KEYS[4], 'quota') or (ARGV[8] == '0' and '-1' or ARGV[8]))
-local day = math.floor(now / 86400000)
 if most >= 0 then
+  local time = redis.call('TIME')
+  local now = time[1] * 1000 + math.floor(time[2] / 1000)
+  local day = math.floor(now / 86400000)
   local quota = redis.call('HMGET', KEYS[3], 'day', 'used')
   local used = quota[1] == tostring(day) and tonumber(quota[2]) or 0
   if used >= most then return { 'quota_exhausted', (day + 1) * 86400000 - now } end
@@ -33,7 +33,7 @@ if most >= 0 then
   redis.call('HSET', KEYS[1], 'quota', day) -- counted: `finish` gives it back if this fails
 end
 redis.call('HSET', KEYS[1], 'status', 'queued', 'attempt', 0, 'tries', 0, 'node', ARGV[2], 'routes', ARGV[2],
-  'payload', ARGV[3], 'admitted', now)
+  'payload', ARGV[3])
 redis.call('PEXPIRE', KEYS[1], ARGV[6])
 redis.call('HSET', KEYS[2], ARGV[1], ARGV[4])
 redis.call('PEXPIRE', KEYS[2], ARGV[6])

@@ -1,12 +1,11 @@
 -- Appends a request below the bound of its node. Waiting, running and backing-off requests all count.
--- KEYS: 1 requests, 2 retries   ARGV: 1 bound, 2 user, 3 message id, 4 trace context or ''
+-- KEYS: 1 requests, 2 retries   ARGV: 1 bound, 2 user, 3 message id, 4 trace context or '', 5 payload (JSON) or ''
 -- Returns {position} | {position, due ms of the next retry or ''} with no entry when it is full: {-1, length}
 local length = redis.call('XLEN', KEYS[1])
 local waiting = length + redis.call('ZCARD', KEYS[2])
 if waiting >= tonumber(ARGV[1]) then return { -1, waiting } end
-if ARGV[4] == '' then
-  redis.call('XADD', KEYS[1], '*', 'user', ARGV[2], 'message', ARGV[3])
-else
-  redis.call('XADD', KEYS[1], '*', 'user', ARGV[2], 'message', ARGV[3], 'trace', ARGV[4])
-end
+local fields = { 'user', ARGV[2], 'message', ARGV[3] }
+if ARGV[4] ~= '' then fields[5], fields[6] = 'trace', ARGV[4] end
+if ARGV[5] ~= '' then fields[#fields + 1], fields[#fields + 2] = 'payload', ARGV[5] end
+redis.call('XADD', KEYS[1], '*', unpack(fields))
 return { length }

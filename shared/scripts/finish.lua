@@ -1,23 +1,27 @@
 -- Ends a generation: the last text, the terminal frame, the record, the expiry. The record gets the whole text, and the
 -- log goes by itself a while later: a stream costs 4.7 KB at the least on Redis 7.0, a field a few bytes. An answer that
--- never had a log gets none now.
+-- was there at once has never begun (see open_first.lua): it begins and ends here, and has no log at all.
 -- KEYS: 1 record, 2 log, 3 the user's open generations, 4 the user's quota
 -- ARGV: 1 attempt, 2 worker, 3 message id, 4 status, 5 id of the last text or '', 6 that text, or '' when the log has it,
 --       7 terminal id, 8 terminal type, 9 terminal frame without ids (JSON), 10 retention in ms,
---       11 '1' when its log was never opened, 12 how long the log stays (or would have stayed) in ms, 13 the text before
+--       11 '1' when it has not begun, 12 how long the log stays (or would have stayed) in ms, 13 the text before
 --       the last, or nothing: the text is too long for a record, and stays a log
 -- Returns {'ended', routes} (also when it was ended by this very call before) | {'fenced'}
+--       | {'stale'} it has not begun, and this is not a first attempt: it is for begin.lua to say what it is
 --       | {'behind', top id} the log lacks frames before these: append them first
 local record = redis.call('HMGET', KEYS[1], 'status', 'attempt', 'owner', 'routes', 'quota')
 local top = redis.call('XREVRANGE', KEYS[2], '+', '-', 'COUNT', 1)
 top = top[1] and top[1][1] or ''
-if record[1] ~= 'running' or record[2] ~= ARGV[1] or record[3] ~= ARGV[2] then
-  if record[1] ~= ARGV[4] or record[2] ~= ARGV[1] then return { 'fenced' } end
+local whole, ours = ARGV[11] == '1', nil
+if whole then ours = record[1] == 'queued' and record[2] == '0' and top == ''
+else ours = record[1] == 'running' and record[2] == ARGV[1] and record[3] == ARGV[2] end
+if not ours then
+  local other = whole and 'stale' or 'fenced'
+  if record[1] ~= ARGV[4] or record[2] ~= ARGV[1] or record[3] ~= ARGV[2] then return { other } end
   local terminal = redis.call('HGET', KEYS[1], 'terminal') or ''
-  local ours = top == ARGV[7] or string.sub(terminal, 1, #ARGV[7] + 1) == ARGV[7] .. ' '
-  return ours and { 'ended', record[4] or '' } or { 'fenced' }
+  local same = top == ARGV[7] or string.sub(terminal, 1, #ARGV[7] + 1) == ARGV[7] .. ' '
+  return same and { 'ended', record[4] or '' } or { other }
 end
-local whole = ARGV[11] == '1' and top == ''
 if not whole then
   local first = ARGV[6] ~= '' and ARGV[5] or ARGV[7]
   local seq = tonumber(string.match(first, '%d+$'))
@@ -30,11 +34,12 @@ if ARGV[13] then
   local text, terminal = ARGV[13] .. ARGV[6], ARGV[7] .. ' ' .. ARGV[8] .. ' ' .. ARGV[9]
   if whole then
     local fresh = redis.call('TIME')[1] * 1000 + tonumber(ARGV[12])
-    redis.call('HSET', KEYS[1], 'status', ARGV[4], 'text', text, 'last', ARGV[5], 'terminal', terminal, 'fresh', fresh)
+    redis.call('HSET', KEYS[1], 'status', ARGV[4], 'text', text, 'last', ARGV[5], 'terminal', terminal, 'fresh', fresh,
+      'attempt', ARGV[1], 'owner', ARGV[2])
   else
     redis.call('HSET', KEYS[1], 'status', ARGV[4], 'text', text, 'last', ARGV[5], 'terminal', terminal)
   end
-  redis.call('HDEL', KEYS[1], 'payload', 'beat', 'entry', 'tries', 'node', 'admitted', 'owner')
+  redis.call('HDEL', KEYS[1], 'payload', 'beat', 'entry', 'tries', 'node')
 else
   redis.call('HSET', KEYS[1], 'status', ARGV[4])
   redis.call('HDEL', KEYS[1], 'payload', 'beat', 'entry', 'tries')

@@ -11,10 +11,9 @@ if status and status ~= 'failed' then return { 'ended', status } end
 local attempt = math.max(tonumber(ARGV[6]), tonumber(record[2] or '0'))
 local top = redis.call('XREVRANGE', KEYS[2], '+', '-', 'COUNT', 1)
 if top[1] then attempt = math.max(attempt, tonumber(string.match(top[1][1], '^%d+'))) end
-local time = redis.call('TIME')
 redis.call('DEL', KEYS[1], KEYS[2])
 redis.call('HSET', KEYS[1], 'status', 'queued', 'attempt', attempt, 'tries', 0, 'node', ARGV[2], 'routes', '',
-  'payload', ARGV[3], 'admitted', time[1] * 1000 + math.floor(time[2] / 1000))
+  'payload', ARGV[3])
 redis.call('PEXPIRE', KEYS[1], ARGV[5])
 redis.call('HSET', KEYS[3], ARGV[1], ARGV[4])
 redis.call('PEXPIRE', KEYS[3], ARGV[5])

@@ -189,7 +189,7 @@ const openLoop = (answersPerSecond: number, measureMs: number): Partial<Plan> =>
   sockets: Math.max(200, Math.ceil(answersPerSecond * 4)), // an answer takes a little over 2 s
   intervalMs: 20,
   drive: { kind: 'open', perSecond: answersPerSecond },
-  warmUpMs: 3_000,
+  warmUpMs: 6_000,
   measureMs,
 });
 

@@ -9,7 +9,7 @@ import { startRedisServer } from '../../infra/redis-server.ts';
 import { type Attempt, createGenerationStore, type GenerationStore } from '../../shared/generation-store.ts';
 import { createKeys } from '../../shared/keys.ts';
 import { createRedis, type RedisConnection } from '../../shared/redis.ts';
-import { createRequestQueue, type RequestQueue } from '../../shared/request-queue.ts';
+import { createRequestQueue, type RequestQueue, readRequest } from '../../shared/request-queue.ts';
 import { eventually } from '../helpers/eventually.ts';
 
 /** The log and the queue against a real Redis: what everything else stands on. */
@@ -56,24 +56,35 @@ async function running(user: string, messageId: string, worker = 'w1', entry = '
   const begun = await begin(user, messageId, worker, entry);
   assert.equal(begun.state, 'run');
   assert.ok('attempt' in begun);
-  const attempt = { user, messageId, attempt: begun.attempt, worker, node: 'n1', entry };
-  if (!begun.opened) assert.deepEqual(await openLog(attempt), { routes: 'n1', published: false });
-  return attempt;
+  return { user, messageId, attempt: begun.attempt, worker, node: 'n1', entry };
 }
 
-async function openLog(
+/** A first attempt that nobody has asked Redis for. */
+const expected = (user: string, messageId: string, worker = 'w1'): Attempt => ({
+  user,
+  messageId,
+  attempt: 1,
+  worker,
+  node: 'n1',
+  entry: '1-1',
+});
+
+async function openFirst(
   attempt: Attempt,
   text: string | null = null,
-  publish: Parameters<typeof store.openLogCommand>[2] = null,
+  publish: Parameters<typeof store.openFirstCommand>[2] = null,
 ): Promise<{ routes: string; published: boolean } | null> {
-  const [reply] = await redis.batch([store.openLogCommand(attempt, text, publish)]);
+  const [reply] = await redis.batch([store.openFirstCommand(attempt, text, publish)]);
   const [error, value] = reply!;
   if (error) throw error;
   return store.readOpened(value);
 }
 
 /** How `finish` is asked for when the log is there and the text before the last piece is this. */
-const said = (textBefore: string | null) => ({ opened: true, textBefore });
+const said = (textBefore: string | null) => ({ begun: true, textBefore });
+/** How a first attempt that nobody has asked for begins and ends in one step. */
+const finishAtOnce = (attempt: Attempt, text = 'yes') =>
+  store.finish(attempt, { seq: 1, text }, 2, DONE, { begun: false, textBefore: '' });
 const DONE = { type: 'done', finishReason: 'stop', length: 3 } as const;
 
 async function append(attempt: Attempt, seq: number, text: string): Promise<Error | null | unknown> {
@@ -303,22 +314,23 @@ test('what a cancelled answer had said is in its record when its log has expired
 test('an answer that is there at once never has a log: finish puts it into its record, safe to repeat', async () => {
   const user = nextUser();
   await admit(user, 'm');
-  const begun = await begin(user, 'm');
-  assert.ok(begun.state === 'run' && !begun.opened && begun.before === '');
-  assert.equal(await redis.client.exists(keys.log(user, 'm')), 0);
-  const attempt = { user, messageId: 'm', attempt: 1, worker: 'w1', node: 'n1', entry: '1-1' };
-  const finish = (opened = false) =>
-    store.finish(attempt, { seq: 1, text: 'yes' }, 2, DONE, { opened, textBefore: '' });
-  assert.equal((await finish(true)).state, 'behind', 'a log that was made and is gone is not an answer');
+  const attempt = expected(user, 'm');
   for (let repeat = 0; repeat < 2; repeat++)
-    assert.deepEqual(await finish(), {
+    assert.deepEqual(await finishAtOnce(attempt), {
       state: 'ended',
       routes: ['n1'],
       acknowledged: true,
     });
   assert.equal(await redis.client.exists(keys.log(user, 'm')), 0);
-  assert.equal(await openLog(attempt), null, 'nothing brings its log back');
+  assert.equal(await openFirst(attempt), null, 'nothing makes a log for it');
+  assert.equal(
+    (await finishAtOnce(expected(user, 'm', 'w2'), 'no')).state,
+    'stale',
+    'another worker with the same request',
+  );
   assert.equal((await begin(user, 'm')).state, 'terminal');
+  assert.equal((await admit(user, 'next')).state, 'created');
+  assert.deepEqual(await redis.client.hkeys(keys.active(user)), ['next'], 'it holds no place');
   const after = async (id: string) => {
     const attached = await store.attach(user, 'm', 'n2', id);
     assert.ok(attached.state === 'attached' && attached.whole);
@@ -334,78 +346,116 @@ test('an answer that is there at once never has a log: finish puts it into its r
   assert.deepEqual(await after(''), [true, true, ['1-0', '1-1', '1-2']]);
 });
 
-test('a log begins with its start and its first text in one step, safe to repeat', async () => {
+test('a first attempt begins with its log, its start and its first text in one step, and only once', async () => {
   const user = nextUser();
   await admit(user, 'm');
-  await begin(user, 'm');
-  const attempt = { user, messageId: 'm', attempt: 1, worker: 'w1', node: 'n1', entry: '1-1' };
-  for (let repeat = 0; repeat < 2; repeat++)
-    assert.deepEqual(await openLog(attempt, 'first'), { routes: 'n1', published: false });
+  const attempt = expected(user, 'm');
+  assert.deepEqual(await openFirst(attempt, 'first'), { routes: 'n1', published: false });
+  assert.equal(await openFirst(attempt, 'first'), null);
   assert.deepEqual(await ids(user, 'm'), ['1-0', '1-1']);
+  assert.deepEqual(
+    await redis.client.hmget(keys.generation(user, 'm'), 'status', 'attempt', 'tries', 'owner', 'entry'),
+    ['running', '1', '1', 'w1', 'n1 1-1'],
+  );
+  assert.ok(Number(await redis.client.hget(keys.generation(user, 'm'), 'beat')) > 0);
+  // Its worker has lost the answer, or finds that it was lost with the server's memory.
+  assert.equal((await store.restore(attempt, ['first'])).state, 'restored');
+  assert.equal((await store.restore(expected(user, 'm', 'w2'), ['other'])).state, 'fenced');
   assert.equal(await append(attempt, 2, 'second'), '1-2');
   assert.ok((await redis.client.pttl(keys.log(user, 'm'))) > 0);
+  assert.equal((await begin(user, 'm', 'w2', '2-1')).state, 'duplicate');
+  assert.equal((await store.finish(attempt, null, 3, DONE, said('firstsecond'))).state, 'ended');
 });
 
-test('the step that makes a log publishes its frames, unless somebody else wants them by now', async () => {
+test('the step that begins a first attempt publishes its frames, unless somebody else wants them by now', async () => {
   const user = nextUser();
-  await admit(user, 'm');
-  await begin(user, 'm');
-  const attempt = { user, messageId: 'm', attempt: 1, worker: 'w1', node: 'n1', entry: '1-1' };
-  const frame = {
-    user,
-    messageId: 'm',
-    before: '',
-    id: '1-0',
-    kind: 's',
-    frame: '{"type":"start"}',
-  } as const;
-  const publish = { node: 'n1', frames: [frame] };
+  const publishing = (messageId: string) => {
+    const frame = { user, messageId, before: '', id: '1-0', kind: 's', frame: '{"type":"start"}' } as const;
+    return openFirst(expected(user, messageId), 'first', { node: 'n1', frames: [frame] });
+  };
   await redis.client.xadd(keys.replies('n1'), '*', '-', 'opened');
-  assert.deepEqual(await openLog(attempt, 'first', publish), { routes: 'n1', published: true });
+  await admit(user, 'm');
+  assert.deepEqual(await publishing('m'), { routes: 'n1', published: true });
   assert.deepEqual((await redis.client.xrange(keys.replies('n1'), '-', '+')).at(-1)![1], [
     `${user} m - 1-0 s`,
     '{"type":"start"}',
   ]);
-  await store.attach(user, 'm', 'n2', '');
-  assert.deepEqual(await openLog(attempt, 'first', publish), { routes: 'n1,n2', published: false });
+  await admit(user, 'two-nodes');
+  await store.attach(user, 'two-nodes', 'n2', '');
+  assert.deepEqual(await publishing('two-nodes'), { routes: 'n1,n2', published: false });
   assert.equal(await redis.client.xlen(keys.replies('n1')), 2);
   await redis.client.del(keys.replies('n1'));
-  await store.unroute(user, 'm', 'n2');
-  await openLog(attempt, 'first', publish);
+  await admit(user, 'gone');
+  await publishing('gone');
   assert.equal(await redis.client.exists(keys.replies('n1')), 0, 'a node that is gone gets no key');
 });
 
-test('a first attempt that was replaced before it had a log can neither make one nor end', async () => {
+test('what is no first attempt neither begins nor ends as one, and nothing is changed', async () => {
   const user = nextUser();
-  await admit(user, 'm');
-  const begun = await begin(user, 'm', 'w1');
-  assert.ok(begun.state === 'run' && !begun.opened);
-  const first = { user, messageId: 'm', attempt: 1, worker: 'w1', node: 'n1', entry: '1-1' };
-  const second = await begin(user, 'm', 'w2');
-  assert.ok(
-    second.state === 'run' && second.opened,
-    'the start of a second attempt is what keeps the first one out',
-  );
-  assert.equal(await openLog(first), null);
-  assert.match(String(await append(first, 1, 'zombie')), /equal or smaller/);
-  const finished = await store.finish(first, { seq: 1, text: 'zombie' }, 2, DONE, {
-    opened: false,
-    textBefore: '',
-  });
-  assert.equal(finished.state, 'fenced');
-  assert.deepEqual(await ids(user, 'm'), ['2-0']);
+  const refused = async (messageId: string) => {
+    const before = await redis.client.hgetall(keys.generation(user, messageId));
+    assert.equal(await openFirst(expected(user, messageId, 'w9'), 'zombie'), null);
+    assert.equal((await finishAtOnce(expected(user, messageId, 'w9'), 'zombie')).state, 'stale');
+    assert.deepEqual(await redis.client.hgetall(keys.generation(user, messageId)), before);
+  };
+  await refused('never-admitted');
+  assert.equal(await redis.client.exists(keys.log(user, 'never-admitted')), 0);
+
+  await admit(user, 'running');
+  const second = await running(user, 'running', 'w2');
+  await refused('running');
+  assert.deepEqual(await ids(user, 'running'), ['1-0']);
+
+  await store.release(second, true); // handed to a retry
+  await refused('running');
 
   await admit(user, 'stopped');
-  const stopped = { ...first, messageId: 'stopped' };
-  assert.equal((await begin(user, 'stopped', 'w1')).state, 'run');
   const cancelled = await store.cancel(user, 'stopped');
   assert.ok(cancelled.state === 'cancelled' && cancelled.before === '');
-  assert.equal(await openLog(stopped), null);
-  assert.equal(
-    (await store.finish(stopped, null, 1, DONE, { opened: false, textBefore: '' })).state,
-    'fenced',
+  await refused('stopped');
+  assert.deepEqual(await ids(user, 'stopped'), ['1-0']);
+
+  await admit(user, 'with-a-log'); // of a record that was deleted
+  await redis.client.xadd(keys.log(user, 'with-a-log'), '3-1', 'token', 'old');
+  await refused('with-a-log');
+  const begun = await begin(user, 'with-a-log');
+  assert.ok(begun.state === 'run' && begun.attempt === 4 && begun.before === '3-1');
+});
+
+test('a payload goes with its request when it is small', async () => {
+  const user = nextUser();
+  const sizes: Record<string, number> = { small: 10, large: 5_000 };
+  for (const [messageId, size] of Object.entries(sizes))
+    await store.admit({
+      user,
+      messageId,
+      node: 'payloads',
+      payload: { contents: 'x'.repeat(size) },
+      userActiveLimit: 4,
+      quotaPerDay: 0,
+      queueLimit: 10,
+      trace: 'trace',
+    });
+  await queue.enqueue('payloads', user, 'in-a-cluster', 10, '', JSON.stringify({ contents: 'x' }));
+  await queue.enqueue(
+    'payloads',
+    user,
+    'large-there',
+    10,
+    '',
+    JSON.stringify({ contents: 'é'.repeat(2_500) }),
   );
-  assert.deepEqual(await ids(user, 'stopped'), ['2-0']);
+  const entries = await redis.client.xrange(keys.requests('payloads'), '-', '+');
+  const read = entries.map(([entry, fields]) => readRequest('payloads', entry, fields));
+  assert.deepEqual(
+    read.map((request) => [request.messageId, request.trace, request.payload]),
+    [
+      ['small', 'trace', '{"contents":"xxxxxxxxxx"}'],
+      ['large', 'trace', ''],
+      ['in-a-cluster', '', '{"contents":"x"}'],
+      ['large-there', '', ''],
+    ],
+  );
 });
 
 test('tries run out by begin, also when every worker dies', async () => {
@@ -438,7 +488,7 @@ test('the queue: bounded, counted exactly, acknowledged only by its holder', asy
       '>',
     )) as [string, [string, string[]][]][];
     const [entry, fields] = reply[0]![1][0]!;
-    return { node, entry, user: fields[1]!, messageId: fields[3]!, trace: '', deliveries: 1 };
+    return { node, entry, user: fields[1]!, messageId: fields[3]!, trace: '', payload: '', deliveries: 1 };
   };
   const request = await read('w1');
   assert.equal(await queue.ack(request, 'w2'), false, 'not its own');

@@ -273,7 +273,7 @@ test('the quota counts a message once, and gives back what failed or was not que
         : ({ type, code: 'model_error', message: 'x', temporary: false } as const);
     for (let repeat = 0; repeat < 2; repeat++)
       assert.equal(
-        (await store.finish(attempt, null, 1, terminal, { opened: false, textBefore: '' })).state,
+        (await store.finish(attempt, null, 1, terminal, { begun: true, textBefore: '' })).state,
         'ended',
       );
   };

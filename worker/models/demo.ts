@@ -67,7 +67,7 @@ async function* runScript(
         else if (index % WORDS_PER_TURN === 0) await nextTurn();
       }
       if (signal.aborted) throw signal.reason;
-      yield index === 0 ? nextWord() : ` ${nextWord()}`;
+      yield nextWord(index === 0 ? WORDS : SPACED_WORDS);
     }
   } finally {
     pacer.stop();
@@ -85,11 +85,16 @@ async function* runScript(
 }
 
 /**
- * Waits that end at once when the signal aborts. One listener for all of an answer's waits: under load, a listener
- * for each word is what the time of a worker goes into.
+ * Waits that end at once when the signal aborts. They are counted from when the one before was due, as a model elsewhere
+ * would have it: a worker that is late for a moment catches up, and its answers do not fall into step with each other.
+ * One listener for all of an answer's waits, and one timer while they are equally long: under load, these for each word
+ * are what the time of a worker goes into.
  */
 function createPacer(signal: AbortSignal): { wait(ms: number): Promise<void>; stop(): void } {
   let timer: NodeJS.Timeout | undefined;
+  let timerMs = 0;
+  let dueMs = performance.now();
+  let wake: () => void = () => {};
   let fail: (reason: unknown) => void = () => {};
   const abort = () => {
     clearTimeout(timer);
@@ -100,8 +105,17 @@ function createPacer(signal: AbortSignal): { wait(ms: number): Promise<void>; st
     wait: (ms) =>
       new Promise((resolve, reject) => {
         if (signal.aborted) reject(signal.reason);
+        wake = resolve;
         fail = reject;
-        timer = setTimeout(resolve, ms);
+        dueMs += ms;
+        const leftMs = Math.max(1, Math.ceil(dueMs - performance.now()));
+        if (timer && timerMs === leftMs) {
+          timer.refresh();
+          return;
+        }
+        clearTimeout(timer);
+        timer = setTimeout(() => wake(), leftMs);
+        timerMs = leftMs;
       }),
     stop() {
       clearTimeout(timer);
@@ -115,18 +129,20 @@ const WORDS =
     ' ',
   );
 
-/** An endless, repeatable list of words. */
-function wordsFor(contents: string, seed: number | string): () => string {
+const SPACED_WORDS = WORDS.map((word) => ` ${word}`);
+
+/** An endless, repeatable list of places in a list of words. */
+function wordsFor(contents: string, seed: number | string): (words: string[]) => string {
   // FNV-1a over the text, then a Weyl sequence through a mixer (as in splitmix32): 32 bits are plenty here.
   let state = 0x811c9dc5;
   const key = `${seed}\n${contents}`;
   for (let index = 0; index < key.length; index++)
     state = Math.imul(state ^ key.charCodeAt(index), 0x01000193);
-  return () => {
+  return (words) => {
     state = (state + 0x9e3779b9) | 0;
     let mixed = Math.imul(state ^ (state >>> 16), 0x21f0aaad);
     mixed = Math.imul(mixed ^ (mixed >>> 15), 0x735a2d97);
-    return WORDS[((mixed ^ (mixed >>> 15)) >>> 0) % WORDS.length]!;
+    return words[((mixed ^ (mixed >>> 15)) >>> 0) % words.length]!;
   };
 }
 
