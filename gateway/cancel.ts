@@ -1,7 +1,7 @@
 import type { GenerationStore } from '../shared/generation-store.ts';
 import type { Keys } from '../shared/keys.ts';
 import { type RedisConnection, retrying } from '../shared/redis.ts';
-import { publishCommands } from '../shared/reply-stream.ts';
+import { addressHead, encodeLines, publishCommands } from '../shared/reply-stream.ts';
 import type { RequestQueue } from '../shared/request-queue.ts';
 import type { GatewayMetrics } from './metrics.ts';
 
@@ -28,7 +28,7 @@ export async function cancelGeneration(
   const { id, before, frame, routes, node } = cancelled;
   await redis.batch(
     routes.flatMap((route) =>
-      publishCommands(keys, route, [{ user, messageId, before, id, kind: 'e', frame }]),
+      publishCommands(keys, route, [encodeLines(addressHead(user, messageId), before, id, 'e', frame)]),
     ),
   );
   if (node) await retrying(() => queue.removeQueued(node, user, messageId));

@@ -2,6 +2,7 @@ import { setTimeout as delay } from 'node:timers/promises';
 import type { Logger } from 'pino';
 import type { Keys } from '../shared/keys.ts';
 import { BLOCK_MS, type RedisConnection } from '../shared/redis.ts';
+import { readEntry } from '../shared/reply-stream.ts';
 
 /**
  * Tails this node's reply stream with one blocked XREAD for all sockets.
@@ -12,9 +13,10 @@ import { BLOCK_MS, type RedisConnection } from '../shared/redis.ts';
  * frames were missed, so `onBroken` has everything compared with the logs.
  */
 
-const READ_ENTRIES = 4; // entries are up to 64 KB: bounds one reply to about 1 MB
+const READ_ENTRIES = 16; // entries are up to 64 KB: bounds one reply to about 1 MB
 const EXPIRE_MS = 600_000; // a node that is gone leaves no key for longer than this
 const PAUSE_MS = 200;
+const OPENED = 'opened'; // the entry that makes the stream
 
 export interface ReplyTail {
   readonly opened: Promise<void>;
@@ -45,7 +47,7 @@ export function tailReplies(parts: {
 
   /** Makes the stream and starts after what is in it. */
   async function open(): Promise<void> {
-    cursor = (await redis.client.xadd(key, 'MAXLEN', '~', 10_000, '*', '-', 'opened')) as string;
+    cursor = (await redis.client.xadd(key, 'MAXLEN', '~', 10_000, '*', OPENED, node)) as string;
     await redis.client.pexpire(key, EXPIRE_MS);
     lastMs = Date.now();
   }
@@ -94,8 +96,7 @@ export function tailReplies(parts: {
         }
         const entries = reply[0]![1];
         for (const [id, fields] of entries) {
-          for (let index = 0; index < fields.length; index += 2)
-            if (fields[index] !== '-') parts.onFrame(fields[index]!, fields[index + 1]!);
+          if (fields[0] !== OPENED) readEntry(fields, parts.onFrame);
           cursor = id;
         }
       } catch (error) {

@@ -2,7 +2,7 @@ import type { ErrorCode } from './errors.ts';
 import type { Keys } from './keys.ts';
 import type { ChatPayload, FinishReason, GenerationStatus, LogFrame, Usage } from './protocol.ts';
 import { type Command, type RedisConnection, retrying } from './redis.ts';
-import { publishCommands, type ReplyFrame } from './reply-stream.ts';
+import { publishCommands, type ReplyLines } from './reply-stream.ts';
 import { GROUP, REQUEST_PAYLOAD_BYTES } from './request-queue.ts';
 
 /**
@@ -30,7 +30,7 @@ export const RECORD_TEXT_BYTES = 65_536;
  * A worker asks at most so often who wants an answer's frames. What a gateway misses in this time it sees as a gap with
  * the next frame, or when it looks again after its attach.
  */
-export const ROUTES_MS = 50;
+export const ROUTES_MS = 150;
 
 export interface LogEntry {
   id: string;
@@ -360,7 +360,7 @@ export function createGenerationStore({
     openFirstCommand(
       attempt: Attempt,
       text: string | null,
-      publish: { node: string; frames: ReplyFrame[] } | null = null,
+      publish: { node: string; frames: ReplyLines[] } | null = null,
     ): Command {
       const { user, messageId, worker } = attempt;
       const recordKeys = [keys.generation(user, messageId), keys.log(user, messageId)];
@@ -381,9 +381,14 @@ export function createGenerationStore({
       return { routes, published: published === 1 };
     },
 
-    /** The command that appends one token frame; answers null when the log is gone. */
-    appendCommand({ user, messageId, attempt }: Attempt, seq: number, text: string): Command {
-      return ['xadd', keys.log(user, messageId), 'NOMKSTREAM', `${attempt}-${seq}`, 'token', text];
+    /** The command that appends one token frame to the log under a key; answers null when the log is gone. */
+    appendCommand(log: string, id: string, text: string): Command {
+      return ['xadd', log, 'NOMKSTREAM', id, 'token', text];
+    },
+
+    /** The key of its log. */
+    logKey({ user, messageId }: Attempt): string {
+      return keys.log(user, messageId);
     },
 
     /** The command that asks which nodes want its frames. */
@@ -563,7 +568,7 @@ function readEntry(messageId: string, [id, fields]: RawEntry): LogEntry {
   const [kind, value] = fields as [string, string];
   switch (kind) {
     case 'token':
-      return { id, frame: encodeToken(messageId, id, value), terminal: false };
+      return { id, frame: encodeToken(tokenHead(messageId), id, value), terminal: false };
     case 'start':
       return {
         id,
@@ -594,9 +599,14 @@ export function encodeFrame(frame: LogFrame): string {
   return JSON.stringify(frame);
 }
 
+/** What the token frames of a generation begin with; made once for all of them. */
+export function tokenHead(messageId: string): string {
+  return `{"type":"token","messageId":"${messageId}","id":"`;
+}
+
 /** A token frame. Ids hold nothing that JSON would escape, so only the text is encoded. */
-export function encodeToken(messageId: string, id: string, text: string): string {
-  return `{"type":"token","messageId":"${messageId}","id":"${id}","text":${JSON.stringify(text)}}`;
+export function encodeToken(head: string, id: string, text: string): string {
+  return `${head}${id}","text":${JSON.stringify(text)}}`;
 }
 
 /** A terminal frame from its type and its other fields as a JSON object. */

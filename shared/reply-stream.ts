@@ -2,37 +2,49 @@ import type { Keys } from './keys.ts';
 import type { Command } from './redis.ts';
 
 /**
- * The per-node reply streams: the fast path from workers to sockets. An entry carries one or more frames as
- * (address, frame) pairs, so that everything a worker has for a node in one event-loop turn costs one XADD.
+ * The per-node reply streams: the fast path from workers to sockets. An entry carries one or more frames, so that
+ * everything a worker has for a node in one event-loop turn costs one XADD: a field `frames`, with a line for each address
+ * and one for its frame. JSON has no line breaks, and one long value costs Redis, and whoever reads it, a fraction of what
+ * many short ones do.
  *
  * An address is `<user> <messageId> <id before> <id> <s|t|e>` (start, token, end); ids hold no spaces, and "-"
  * stands for "nothing before". `id before` lets a gateway see a gap with one string comparison. Whatever is lost
  * here is healed from the log.
  *
- * Addresses that begin with "!" (no id can hold it) are for people and not for generations:
+ * Addresses that begin with "!" (no id can hold it) are for people and not for generations. Each is a field of its own:
  * `!m <user> <inbox id before> <inbox id> …` a message with all its recipients on that node; the frame lacks its id
  * `!n` a notice to everyone who is connected there
  * `!c <user> <close code> [<connection id> …]` closes a user's connections there, all or these; the frame is the reason
  */
 
+const FRAMES = 'frames';
 const FRAMES_PER_ENTRY = 64; // bounds one entry, and with it one read
 const BYTES_PER_ENTRY = 65_536;
 const ENTRIES_KEPT = 10_000; // seconds of traffic; older frames are healed from the log
 
 export type FrameKind = 's' | 't' | 'e';
 
-export interface ReplyFrame {
-  user: string;
-  messageId: string;
-  before: string;
-  id: string;
-  kind: FrameKind;
-  /** JSON as clients get it. */
-  frame: string;
+/** A frame with its address, as an entry carries it. */
+export type ReplyLines = string;
+
+/** What the addresses of a generation begin with; made once for all of its frames. */
+export function addressHead(user: string, messageId: string): string {
+  return `${user} ${messageId} `;
 }
 
-export function encodeAddress({ user, messageId, before, id, kind }: ReplyFrame): string {
-  return `${user} ${messageId} ${before || '-'} ${id} ${kind}`;
+/**
+ * @param head from `addressHead`
+ * @param before the id before, or ''
+ * @param frame JSON as clients get it
+ */
+export function encodeLines(
+  head: string,
+  before: string,
+  id: string,
+  kind: FrameKind,
+  frame: string,
+): ReplyLines {
+  return `${head}${before || '-'} ${id} ${kind}\n${frame}\n`;
 }
 
 /** What every entry begins with. NOMKSTREAM: a node that is gone must not come back as a key without an owner. */
@@ -41,20 +53,39 @@ function openEntry(keys: Keys, node: string): Command {
 }
 
 /** The commands that publish frames to a node, few entries of bounded size. */
-export function publishCommands(keys: Keys, node: string, frames: ReplyFrame[]): Command[] {
+export function publishCommands(keys: Keys, node: string, frames: readonly ReplyLines[]): Command[] {
   const commands: Command[] = [];
-  let command: Command | null = null;
-  let bytes = 0;
+  let lines = '';
+  let count = 0;
   for (const frame of frames) {
-    if (!command || command.length >= 6 + 2 * FRAMES_PER_ENTRY || bytes > BYTES_PER_ENTRY) {
-      command = openEntry(keys, node);
-      commands.push(command);
-      bytes = 0;
+    if (count === FRAMES_PER_ENTRY || lines.length > BYTES_PER_ENTRY) {
+      commands.push([...openEntry(keys, node), FRAMES, lines]);
+      lines = '';
+      count = 0;
     }
-    command.push(encodeAddress(frame), frame.frame);
-    bytes += frame.frame.length;
+    lines += frame;
+    count++;
   }
+  if (count > 0) commands.push([...openEntry(keys, node), FRAMES, lines]);
   return commands;
+}
+
+/** Hands out what an entry carries, in order. */
+export function readEntry(fields: string[], onFrame: (address: string, frame: string) => void): void {
+  for (let index = 0; index < fields.length; index += 2) {
+    const value = fields[index + 1]!;
+    if (fields[index] !== FRAMES) {
+      onFrame(fields[index]!, value);
+      continue;
+    }
+    for (let from = 0; from < value.length; ) {
+      const middle = value.indexOf('\n', from);
+      const end = middle < 0 ? -1 : value.indexOf('\n', middle + 1);
+      if (end < 0) break; // not ours
+      onFrame(value.slice(from, middle), value.slice(middle + 1, end));
+      from = end + 1;
+    }
+  }
 }
 
 /** True for addresses of people. Cheap: this is asked of every frame. */

@@ -13,9 +13,10 @@ import {
   ROUTES_MS,
   splitRoutes,
   type Terminal,
+  tokenHead,
 } from '../shared/generation-store.ts';
 import { isConnectionError } from '../shared/redis.ts';
-import type { ReplyFrame } from '../shared/reply-stream.ts';
+import { addressHead, encodeLines, type ReplyLines } from '../shared/reply-stream.ts';
 import type { Appender } from './appender.ts';
 
 /**
@@ -39,6 +40,9 @@ const MEND_DEADLINE_MS = 120_000; // longer than a failover; then the lease deci
 
 export class AnswerWriter {
   readonly attempt: Attempt;
+  readonly logKey: string;
+  private readonly addressHead: string;
+  private readonly tokenHead: string;
   /** Text of each token frame; frame `seq` is at `seq - 1`. */
   private readonly texts: string[] = [];
   /** Text that waits: whole frames, and what does not fill one yet. */
@@ -75,6 +79,9 @@ export class AnswerWriter {
 
   constructor(attempt: Attempt, parts: AnswerWriter['parts']) {
     this.attempt = attempt;
+    this.logKey = parts.store.logKey(attempt);
+    this.addressHead = addressHead(attempt.user, attempt.messageId);
+    this.tokenHead = tokenHead(attempt.messageId);
     this.parts = parts;
   }
 
@@ -116,21 +123,29 @@ export class AnswerWriter {
   private publishStart(routes: string[], before: string): void {
     if (this.startPublished) return;
     this.startPublished = true;
-    this.publish(routes, this.startFrame(before));
+    this.publish(routes, this.startLines(before));
   }
 
-  private startFrame(before: string): ReplyFrame {
-    const { user, messageId, attempt } = this.attempt;
-    const id = formatFrameId(attempt, 0);
-    const frame = encodeFrame({ type: 'start', messageId, id, attempt });
-    return { user, messageId, before, id, kind: 's', frame };
+  idOf(seq: number): string {
+    return formatFrameId(this.attempt.attempt, seq);
   }
 
-  private textFrame(seq: number): ReplyFrame {
-    const { user, messageId, attempt } = this.attempt;
-    const id = formatFrameId(attempt, seq);
-    const frame = encodeToken(messageId, id, this.texts[seq - 1]!);
-    return { user, messageId, before: formatFrameId(attempt, seq - 1), id, kind: 't', frame };
+  private startLines(before: string): ReplyLines {
+    const { messageId, attempt } = this.attempt;
+    const id = this.idOf(0);
+    return encodeLines(
+      this.addressHead,
+      before,
+      id,
+      's',
+      encodeFrame({ type: 'start', messageId, id, attempt }),
+    );
+  }
+
+  private textLines(seq: number): ReplyLines {
+    const id = this.idOf(seq);
+    const frame = encodeToken(this.tokenHead, id, this.texts[seq - 1]!);
+    return encodeLines(this.addressHead, this.idOf(seq - 1), id, 't', frame);
   }
 
   push(text: string): void {
@@ -182,7 +197,7 @@ export class AnswerWriter {
     }
     this.ended = true;
     clearTimeout(this.holdTimer);
-    const { user, messageId, attempt } = this.attempt;
+    const { messageId } = this.attempt;
     const { type, ...rest } = terminal;
     const json = JSON.stringify(rest);
     const deadline = Date.now() + MEND_DEADLINE_MS;
@@ -212,15 +227,9 @@ export class AnswerWriter {
         }
         this.publishStart(finished.routes, '');
         this.publishTexts(finished.routes);
-        const id = formatFrameId(attempt, seq);
-        this.publish(finished.routes, {
-          user,
-          messageId,
-          before: formatFrameId(attempt, seq - 1),
-          id,
-          kind: 'e',
-          frame: encodeTerminal(messageId, id, type, json),
-        });
+        const id = this.idOf(seq);
+        const frame = encodeTerminal(messageId, id, type, json);
+        this.publish(finished.routes, encodeLines(this.addressHead, this.idOf(seq - 1), id, 'e', frame));
         return finished;
       } catch (error) {
         // Safe to repeat: `finish` knows its own terminal frame.
@@ -294,9 +303,9 @@ export class AnswerWriter {
   }
 
   /** The frames that a log is made with, for the one node that wants them; null when there are more of these. */
-  firstFrames(): { node: string; frames: ReplyFrame[] } | null {
+  firstFrames(): { node: string; frames: ReplyLines[] } | null {
     if (this.routes.length !== 1) return null;
-    const frames = [this.startFrame(''), ...this.texts.map((_, index) => this.textFrame(index + 1))];
+    const frames = [this.startLines(''), ...this.texts.map((_, index) => this.textLines(index + 1))];
     return { node: this.routes[0]!, frames };
   }
 
@@ -344,11 +353,11 @@ export class AnswerWriter {
 
   /** Publishes stored frames that were not published yet, up to `upTo`. */
   private publishTexts(routes: string[], upTo = this.texts.length): void {
-    for (let seq = this.publishedSeq + 1; seq <= upTo; seq++) this.publish(routes, this.textFrame(seq));
+    for (let seq = this.publishedSeq + 1; seq <= upTo; seq++) this.publish(routes, this.textLines(seq));
     this.publishedSeq = Math.max(this.publishedSeq, upTo);
   }
 
-  private publish(routes: string[], frame: ReplyFrame): void {
+  private publish(routes: string[], frame: ReplyLines): void {
     for (const node of routes) this.parts.appender.publish(node, frame);
   }
 

@@ -1,7 +1,7 @@
 import type { GenerationStore } from '../shared/generation-store.ts';
 import type { Keys } from '../shared/keys.ts';
 import type { Command, RedisConnection } from '../shared/redis.ts';
-import { publishCommands, type ReplyFrame } from '../shared/reply-stream.ts';
+import { publishCommands, type ReplyLines } from '../shared/reply-stream.ts';
 import type { AnswerWriter } from './answer-writer.ts';
 
 /**
@@ -17,7 +17,7 @@ export interface Appender {
   /** Has this writer's text appended at the end of this event-loop turn. */
   schedule(writer: AnswerWriter): void;
   /** Publishes frames at the end of this turn, in order. */
-  publish(node: string, frame: ReplyFrame): void;
+  publish(node: string, frame: ReplyLines): void;
   /** Settles when nothing is on its way any more. */
   flushed(): Promise<void>;
   readonly tokens: number;
@@ -46,7 +46,7 @@ export function createAppender({
   store: GenerationStore;
 }): Appender {
   let dirty: AnswerWriter[] = [];
-  let outgoing = new Map<string, ReplyFrame[]>();
+  let outgoing = new Map<string, ReplyLines[]>();
   let scheduled = false;
   let underWay = 0;
   let tokens = 0;
@@ -90,7 +90,7 @@ export function createAppender({
       appends.push({ writer, seq, opening, asks });
       if (opening)
         commands.push(store.openFirstCommand(writer.attempt, text, publishes ? writer.firstFrames() : null));
-      else commands.push(store.appendCommand(writer.attempt, seq, text!));
+      else commands.push(store.appendCommand(writer.logKey, writer.idOf(seq), text!));
       if (asks) commands.push(store.routesCommand(writer.attempt));
     }
     if (commands.length > 0) send(commands, appends);

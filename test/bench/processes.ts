@@ -3,6 +3,7 @@ import { readFileSync } from 'node:fs';
 import { createInterface } from 'node:readline';
 import { fileURLToPath } from 'node:url';
 import { endWithThisProcess } from '../../infra/child-guard.ts';
+import { WORKER_FLAGS } from '../../infra/worker-pool.ts';
 
 /** Processes of the bench: start, wait for the port, read their CPU time and memory from /proc, end. */
 
@@ -34,12 +35,17 @@ export async function startProcess(script: string, options: StartOptions): Promi
   const profile = options.profileDir
     ? ['--cpu-prof', '--cpu-prof-dir', `${options.profileDir}/${options.name}`] // one file a thread; the largest is ours
     : [];
-  const child = spawn(process.execPath, [...profile, '--import', './infra/typescript.mjs', script], {
-    cwd: ROOT,
-    env: { PATH: process.env.PATH, HOME: process.env.HOME, NODE_ENV: 'production', ...options.env },
-    stdio: ['ignore', 'pipe', 'pipe'],
-    detached: true, // Ctrl-C is ours to pass on
-  });
+  const flags = options.name.includes('worker') ? WORKER_FLAGS : []; // of every system
+  const child = spawn(
+    process.execPath,
+    [...profile, ...flags, '--import', './infra/typescript.mjs', script],
+    {
+      cwd: ROOT,
+      env: { PATH: process.env.PATH, HOME: process.env.HOME, NODE_ENV: 'production', ...options.env },
+      stdio: ['ignore', 'pipe', 'pipe'],
+      detached: true, // Ctrl-C is ours to pass on
+    },
+  );
   const letGo = child.pid ? endWithThisProcess(child.pid) : () => {};
   let words = '';
   const ended = new Promise<string>((resolve) => {

@@ -9,6 +9,7 @@ import { startRedisServer } from '../../infra/redis-server.ts';
 import { type Attempt, createGenerationStore, type GenerationStore } from '../../shared/generation-store.ts';
 import { createKeys } from '../../shared/keys.ts';
 import { createRedis, type RedisConnection } from '../../shared/redis.ts';
+import { addressHead, encodeLines } from '../../shared/reply-stream.ts';
 import { createRequestQueue, type RequestQueue, readRequest } from '../../shared/request-queue.ts';
 import { eventually } from '../helpers/eventually.ts';
 
@@ -88,7 +89,9 @@ const finishAtOnce = (attempt: Attempt, text = 'yes') =>
 const DONE = { type: 'done', finishReason: 'stop', length: 3 } as const;
 
 async function append(attempt: Attempt, seq: number, text: string): Promise<Error | null | unknown> {
-  const [reply] = await redis.batch([store.appendCommand(attempt, seq, text)]);
+  const [reply] = await redis.batch([
+    store.appendCommand(store.logKey(attempt), `${attempt.attempt}-${seq}`, text),
+  ]);
   const [error, id] = reply!;
   return error ?? id;
 }
@@ -370,15 +373,15 @@ test('a first attempt begins with its log, its start and its first text in one s
 test('the step that begins a first attempt publishes its frames, unless somebody else wants them by now', async () => {
   const user = nextUser();
   const publishing = (messageId: string) => {
-    const frame = { user, messageId, before: '', id: '1-0', kind: 's', frame: '{"type":"start"}' } as const;
+    const frame = encodeLines(addressHead(user, messageId), '', '1-0', 's', '{"type":"start"}');
     return openFirst(expected(user, messageId), 'first', { node: 'n1', frames: [frame] });
   };
   await redis.client.xadd(keys.replies('n1'), '*', '-', 'opened');
   await admit(user, 'm');
   assert.deepEqual(await publishing('m'), { routes: 'n1', published: true });
   assert.deepEqual((await redis.client.xrange(keys.replies('n1'), '-', '+')).at(-1)![1], [
-    `${user} m - 1-0 s`,
-    '{"type":"start"}',
+    'frames',
+    `${user} m - 1-0 s\n{"type":"start"}\n`,
   ]);
   await admit(user, 'two-nodes');
   await store.attach(user, 'two-nodes', 'n2', '');

@@ -4,7 +4,7 @@ import { readGatewayConfig } from '../../gateway/config.ts';
 import { backoffMs } from '../../shared/backoff.ts';
 import { createKeys } from '../../shared/keys.ts';
 import { isConnectionError, parseRedisUrl, redactUrl } from '../../shared/redis.ts';
-import { encodeAddress, publishCommands, type ReplyFrame } from '../../shared/reply-stream.ts';
+import { addressHead, encodeLines, publishCommands, readEntry } from '../../shared/reply-stream.ts';
 import { readWorkerConfig } from '../../worker/config.ts';
 
 test('what one script touches shares a hash tag', () => {
@@ -70,27 +70,51 @@ test('errors that a repeat may cure are told apart', () => {
 
 test('reply entries carry several frames, in bounded pieces', () => {
   const keys = createKeys('chat:');
-  const frame = (index: number): ReplyFrame => ({
-    user: 'u',
-    messageId: 'm',
-    before: index === 0 ? '' : `1-${index - 1}`,
-    id: `1-${index}`,
-    kind: 't',
-    frame: '{}',
-  });
-  assert.equal(encodeAddress(frame(0)), 'u m - 1-0 t');
+  const frame = (index: number, json = `{"n":${index},"text":"a\\nb 😀"}`) =>
+    encodeLines(
+      addressHead('u', 'm'),
+      index === 0 ? '' : `1-${index - 1}`,
+      `1-${index}`,
+      index === 0 ? 's' : 't',
+      json,
+    );
   const commands = publishCommands(
     keys,
     'n1',
     Array.from({ length: 200 }, (_, index) => frame(index)),
   );
-  const addresses = commands.flatMap((command) => command.slice(7).filter((_, index) => index % 2 === 0));
-  assert.equal(addresses.length, 200);
-  assert.equal(addresses[199], 'u m 1-198 1-199 t');
-  for (const command of commands) {
+  const read: string[][] = [];
+  const most = commands.map((command) => {
     assert.deepEqual(command.slice(0, 3), ['xadd', 'chat:reply:{n1}', 'NOMKSTREAM']);
-    assert.ok(command.length <= 7 + 2 * 64);
-  }
+    const before = read.length;
+    readEntry(command.slice(7) as string[], (...one) => read.push(one));
+    return read.length - before;
+  });
+  assert.deepEqual(most, [64, 64, 64, 8]);
+  assert.deepEqual(read[0], ['u m - 1-0 s', '{"n":0,"text":"a\\nb 😀"}']);
+  assert.deepEqual(read[199], ['u m 1-198 1-199 t', '{"n":199,"text":"a\\nb 😀"}']);
+  const large = publishCommands(
+    keys,
+    'n1',
+    Array.from({ length: 4 }, (_, index) => frame(index, 'x'.repeat(40_000))),
+  );
+  assert.equal(large.length, 2);
+});
+
+test('a reply entry of somebody else is passed over', () => {
+  const read: string[][] = [];
+  const entries = [
+    ['frames', 'u m - 1-0 s\n{}\nu m 1-0 1-1 t'],
+    ['frames', 'x'],
+    ['frames', ''],
+    ['!n', '{}'],
+    [],
+  ];
+  for (const fields of entries) readEntry(fields, (...one) => read.push(one));
+  assert.deepEqual(read, [
+    ['u m - 1-0 s', '{}'],
+    ['!n', '{}'],
+  ]);
 });
 
 test('settings: defaults, and mistakes named by variable', () => {
