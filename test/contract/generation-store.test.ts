@@ -459,6 +459,17 @@ test('a payload goes with its request when it is small', async () => {
       ['large-there', '', ''],
     ],
   );
+  // In a long line nobody gains by it, and whoever looks for a place there would read it all.
+  const add = redis.client.pipeline();
+  for (let index = 0; index < 600; index++)
+    add.xadd(keys.requests('payloads'), '*', 'user', 'u', 'message', `m${index}`);
+  await add.exec();
+  const enqueued = async (size: number) => {
+    await queue.enqueue('payloads', user, `waits-${size}`, 1_000, '', 'x'.repeat(size));
+    const [last] = await redis.client.xrevrange(keys.requests('payloads'), '+', '-', 'COUNT', 1);
+    return readRequest('payloads', last![0], last![1]).payload.length;
+  };
+  assert.deepEqual([await enqueued(1_000), await enqueued(2_000)], [1_000, 0]);
 });
 
 test('tries run out by begin, also when every worker dies', async () => {
