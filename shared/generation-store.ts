@@ -12,8 +12,9 @@ import { GROUP, REQUEST_PAYLOAD_BYTES } from './request-queue.ts';
  * `start <attempt>` · `token <text>` · `done <JSON>` · `failed <JSON>`.
  * States of a record: queued → running → done | failed | cancelled, and running → queued at a retry.
  * `begin` opens an attempt. The first attempt of a request that came with its payload is opened by what its worker has
- * to write first: its log (`openFirstCommand`), or all of it (`finish`). Appends say NOMKSTREAM and an explicit id, so Redis itself refuses a
- * worker that has been replaced. Every step here is one script, and safe to repeat, but for `openFirstCommand`.
+ * to write first: its log (`openFirstCommand`), or all of it (`finish`). Appends say NOMKSTREAM and an explicit id, so
+ * Redis itself refuses a worker that has been replaced. Every step here is one script, and safe to repeat, but for
+ * `openFirstCommand`.
  */
 
 /** An open record lives this long without an attempt; then it is given up with everything it holds. */

@@ -27,9 +27,9 @@ import type { Appender } from './appender.ts';
  * A first attempt may be written before Redis was asked for it (`expect`): what opens it is what is written first, at the
  * end of the turn. An answer that is complete by then begins and ends in one step, and needs no log at all.
  *
- * States: (expected →) open → (an append failed) mending → open | fenced; open → ended. An expected one may turn out to be
- * stale: no first attempt, and nothing of it was written. A refusal is read, not guessed: mending
- * asks Redis who owns the log, appends again what it lacks, and only then says "fenced".
+ * States: (expected →) open → (an append failed) mending → open | fenced; open → ended. An expected one may turn out to
+ * be stale: no first attempt, and nothing of it was written. A refusal is read, not guessed: mending asks Redis who owns
+ * the log, appends again what it lacks, and only then says "fenced".
  * Memory: the attempt's whole text, because a failover may take any of it from the log.
  */
 
@@ -287,7 +287,7 @@ export class AnswerWriter {
     this.inFlight++;
     if (this.wholeFrames.length > 0 && this.canTake()) this.schedule();
     const asks = !opening && now - this.routesMs >= ROUTES_MS;
-    if (asks) this.routesMs = now;
+    if (asks || opening) this.routesMs = now; // the opening answers with them
     return { seq: this.texts.length, text, opening, asks };
   }
 

@@ -84,9 +84,9 @@ export function createAppender({
     const appends: Append[] = [];
     const now = Date.now();
     for (const writer of writers) {
-      const append = writer.take(now);
-      if (!append) continue;
-      const { seq, text, opening, asks } = append;
+      const taken = writer.take(now);
+      if (!taken) continue;
+      const { seq, text, opening, asks } = taken;
       appends.push({ writer, seq, opening, asks });
       if (opening)
         commands.push(store.openFirstCommand(writer.attempt, text, publishes ? writer.firstFrames() : null));
