@@ -23,7 +23,7 @@ export interface Appender {
   readonly tokens: number;
 }
 
-/** First frames that are published as their logs are made; more in one turn share an entry, a round trip later. */
+/** First frames of so many answers are published as their logs are made; more in one turn share an entry, a round trip later. */
 const MOST_PUBLISHED = 4;
 /** Answers whose appends travel together: what a turn has for more of them is published in parts, as Redis has them. */
 const BATCH = 64;
@@ -70,7 +70,9 @@ export function createAppender({
     const writers = dirty;
     outgoing = new Map();
     dirty = [];
-    const publishes = !redis.isCluster && writers.length <= MOST_PUBLISHED;
+    let opening = 0;
+    for (const writer of writers) if (!writer.hasLog) opening++;
+    const publishes = !redis.isCluster && opening <= MOST_PUBLISHED;
     const published: Command[] = [];
     for (const [node, list] of frames) published.push(...publishCommands(keys, node, list));
     if (published.length > 0) send(published, []); // a lost publish is not repeated: gateways heal it from the log
