@@ -2,7 +2,7 @@ import { setTimeout as delay } from 'node:timers/promises';
 import type { Logger } from 'pino';
 import type { Keys } from '../shared/keys.ts';
 import { BLOCK_MS, type RedisConnection } from '../shared/redis.ts';
-import { readEntry } from '../shared/reply-stream.ts';
+import { ENTRIES_KEPT, readEntry } from '../shared/reply-stream.ts';
 
 /**
  * Tails this node's reply stream with one blocked XREAD for all sockets.
@@ -47,7 +47,7 @@ export function tailReplies(parts: {
 
   /** Makes the stream and starts after what is in it. */
   async function open(): Promise<void> {
-    cursor = (await redis.client.xadd(key, 'MAXLEN', '~', 10_000, '*', OPENED, node)) as string;
+    cursor = (await redis.client.xadd(key, 'MAXLEN', '~', ENTRIES_KEPT, '*', OPENED, node)) as string;
     await redis.client.pexpire(key, EXPIRE_MS);
     lastMs = Date.now();
   }

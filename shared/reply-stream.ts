@@ -20,7 +20,7 @@ import type { Command } from './redis.ts';
 const FRAMES = 'frames';
 const FRAMES_PER_ENTRY = 64; // bounds one entry, and with it one read
 const BYTES_PER_ENTRY = 65_536;
-const ENTRIES_KEPT = 10_000; // seconds of traffic; older frames are healed from the log
+export const ENTRIES_KEPT = 10_000; // seconds of traffic; older frames are healed from the log
 
 export type FrameKind = 's' | 't' | 'e';
 

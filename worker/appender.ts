@@ -10,7 +10,7 @@ import type { AnswerWriter } from './answer-writer.ts';
  * published, all frames for a node in one entry of its reply stream.
  *
  * Publishing waits for the log (unlike a blind pipeline of both): a worker that was replaced never shows a client
- * a frame that the log refused, and a frame goes to the routes of the last 50 ms, not to those of its beginning. It costs one round trip
+ * a frame that the log refused, and a frame goes to the routes of the last ROUTES_MS, not to those of its beginning. It costs one round trip
  * of latency, and saves a command per answer and turn.
  */
 export interface Appender {

@@ -139,6 +139,7 @@ test('a log that is gone refuses its zombies too', async () => {
   await admit(user, 'm');
   const attempt = await running(user, 'm');
   await redis.client.del(keys.log(user, 'm'));
+  assert.equal((await store.finish(attempt, { seq: 1, text: 'yes' }, 2, DONE, said(''))).state, 'behind');
   assert.equal(await append(attempt, 1, 'x'), null);
   assert.equal(await redis.client.exists(keys.log(user, 'm')), 0);
 });
@@ -588,7 +589,7 @@ test('what a worker wrote before it knew of a node reaches the client there with
   const attached = await store.attach(user, 'm', 'n2', '1-1');
   assert.ok(attached.state === 'attached' && attached.recovered);
   delivery.release(subscription, '1-1', attached.entries, attached.more);
-  await append(attempt, 2, ' and this'); // published to n1 alone: its worker asks for routes every 50 ms
+  await append(attempt, 2, ' and this'); // published to n1 alone: its worker asks for routes every ROUTES_MS
   await eventually('the rest', () => got.length > 0, 1_500); // `heal` would take 2 s
   delivery.stop();
   assert.deepEqual(got, [' and this']);

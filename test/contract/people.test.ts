@@ -304,4 +304,12 @@ test('the quota counts a message once, and gives back what failed or was not que
   await redis.client.hset(keys.quota(user), 'day', 1);
   assert.equal((await admit('m6')).state, 'created');
   assert.equal(await used(), 1);
+  // What begins and fails in one step is given back too, once.
+  const atOnce = { user, messageId: 'm6', attempt: 1, worker: 'w', entry: '1-1', node: 'n1' };
+  for (let repeat = 0; repeat < 2; repeat++) {
+    const terminal = { type: 'failed', code: 'model_error', message: 'x', temporary: false } as const;
+    const finished = await store.finish(atOnce, null, 1, terminal, { begun: false, textBefore: '' });
+    assert.equal(finished.state, 'ended');
+    assert.equal(await used(), 0);
+  }
 });
