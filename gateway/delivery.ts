@@ -30,7 +30,8 @@ const HEAL_BATCH = 500; // log tops that one round trip asks for
 
 /** What delivery needs of whoever follows a generation. */
 export interface Follower {
-  sendText(text: string): void;
+  /** @param soon goes before frames that only continue an answer */
+  sendText(text: string, soon?: boolean): void;
   /** Its subscription has ended: a terminal frame was sent, or it was dropped. */
   onEnded(subscription: Subscription): void;
   readonly slow: boolean;
@@ -81,7 +82,7 @@ export function createDelivery(parts: {
   let stopped = false;
 
   function send(subscription: Subscription, id: string, end: boolean, frame: string): void {
-    subscription.follower.sendText(frame);
+    subscription.follower.sendText(frame, subscription.position === '');
     subscription.position = id;
     subscription.waiting = false;
     subscription.lastMs = Date.now();

@@ -13,7 +13,13 @@ import { ENTRIES_KEPT, readEntry } from '../shared/reply-stream.ts';
  * frames were missed, so `onBroken` has everything compared with the logs.
  */
 
-const READ_ENTRIES = 16; // entries are up to 64 KB: bounds one reply to about 1 MB
+/**
+ * Entries of one read: as many as fill about `READ_BYTES`, as long as they were lately. A gateway that is behind then gets
+ * tens of milliseconds of frames at once, and what it has for a socket goes out in one write: so it catches up.
+ */
+const READ_BYTES = 1_048_576;
+const READ_ENTRIES = { least: 16, most: 128 }; // an entry has up to 64 KB
+const LATELY = 0.1; // weight of a read in the average
 const EXPIRE_MS = 600_000; // a node that is gone leaves no key for longer than this
 const PAUSE_MS = 200;
 const OPENED = 'opened'; // the entry that makes the stream
@@ -41,6 +47,7 @@ export function tailReplies(parts: {
   let cursor = '';
   let lastMs = 0;
   let checkDue = false;
+  let entryBytes = READ_BYTES / READ_ENTRIES.least;
   redis.onReconnect(() => {
     checkDue = true;
   });
@@ -78,7 +85,7 @@ export function tailReplies(parts: {
         const reply = (await redis.blocked(BLOCK_MS, [
           'xread',
           'COUNT',
-          READ_ENTRIES,
+          Math.max(READ_ENTRIES.least, Math.min(READ_ENTRIES.most, Math.floor(READ_BYTES / entryBytes))),
           'BLOCK',
           BLOCK_MS,
           'STREAMS',
@@ -95,10 +102,13 @@ export function tailReplies(parts: {
           continue;
         }
         const entries = reply[0]![1];
+        let bytes = 0;
         for (const [id, fields] of entries) {
           if (fields[0] !== OPENED) readEntry(fields, parts.onFrame);
+          for (const field of fields) bytes += field.length;
           cursor = id;
         }
+        entryBytes += LATELY * (bytes / entries.length - entryBytes);
       } catch (error) {
         if (signal.aborted) return;
         if (!failing) log.warn({ err: (error as Error).message }, 'the tail is broken; again soon');

@@ -38,7 +38,7 @@ const STRIKES = 20; // frames that make no sense, in a row, until we hang up
 const REFUSALS = 1_000; // frames above the rate, in a row, until we hang up
 
 export interface ClientConnection {
-  send(text: string): void;
+  send(text: string, soon?: boolean): void;
   close(code: number, reason: string): void;
   readonly open: boolean;
   readonly slow: boolean;
@@ -444,7 +444,7 @@ export class Session implements Rated, Follower, MailboxOwner {
     this.connection.send(JSON.stringify(frame));
   }
 
-  sendText(text: string): void {
-    this.connection.send(text);
+  sendText(text: string, soon = false): void {
+    this.connection.send(text, soon);
   }
 }

@@ -5,12 +5,13 @@ import { STATUS_CODES } from 'node:http';
  * The only file that knows uWebSockets.js. It turns its sockets into `Connection`s and its HTTP into plain
  * request and response objects. Request data is copied before anything is awaited, because uWS frees it.
  *
- * What is sent to a connection in one turn leaves in one corked write at the end of that turn. A connection that
+ * What is sent to a connection in one turn leaves in one corked write at the end of that turn, or of one of the next. A connection that
  * holds more than `SLOW_BYTES` unsent is slow: whoever has a stream for it stops pushing until it drains.
  */
 
 export const SLOW_BYTES = 256 * 1024; // about 2,000 token frames
 const DROP_BYTES = 16 * 1024 * 1024; // never reached by streams; a frame beyond it would be dropped by uWS, so we close first
+const WRITES_PER_TURN = 64; // about 10 µs each: what comes in is read between these
 const WHOLE_BYTES = 15_000; // of a frame: see sendText
 const BODY_BYTES = 1024 * 1024;
 const BODY_MS = 10_000;
@@ -90,10 +91,10 @@ export class Connection {
   private outbox: string[] | null = null;
   private queuedBytes = 0;
   lastSeenMs = Date.now();
-  private readonly server: { dirty(connection: Connection): void };
+  private readonly server: { dirty(connection: Connection, soon: boolean): void };
   private request: UpgradeRequest | null;
 
-  constructor(server: { dirty(connection: Connection): void }, request: UpgradeRequest) {
+  constructor(server: Connection['server'], request: UpgradeRequest) {
     this.server = server;
     this.request = request;
   }
@@ -107,15 +108,19 @@ export class Connection {
     return this.socket !== null && this.queuedBytes + this.socket.getBufferedAmount() > SLOW_BYTES;
   }
 
-  /** Sends at the end of this turn. Nothing happens on a closed connection. */
-  send(text: string): void {
+  /**
+   * Sends at the end of this turn, or, when very many have something to be sent, in one of the next.
+   * Nothing happens on a closed connection.
+   * @param soon goes, with all that waits here, before what only continues something
+   */
+  send(text: string, soon = false): void {
     if (!this.socket) return;
     this.queuedBytes += text.length;
-    if (this.outbox) this.outbox.push(text);
-    else {
-      this.outbox = [text];
-      this.server.dirty(this);
-    }
+    if (this.outbox) {
+      this.outbox.push(text);
+      if (!soon) return;
+    } else this.outbox = [text];
+    this.server.dirty(this, soon);
   }
 
   close(code: number, reason: string): void {
@@ -289,17 +294,28 @@ export function listen(
   const app = tls ? uws.SSLApp({ key_file_name: tls.keyFile, cert_file_name: tls.certFile }) : uws.App();
   const connections = new Set<Connection>();
   const streams = new Set<ResponseStream>();
-  let dirty: Connection[] = [];
+  /** Who has something to be sent; whoever is sent to sooner is in both. */
+  const dirty: Connection[] = [];
+  let first: Connection[] = [];
+  let flushing = false;
   const server = {
-    dirty(connection: Connection) {
-      if (dirty.push(connection) === 1) queueMicrotask(flush);
+    dirty(connection: Connection, soon: boolean) {
+      if (soon) first.push(connection);
+      else dirty.push(connection);
+      if (flushing) return;
+      flushing = true;
+      queueMicrotask(flush);
     },
   };
 
+  /** Writes for one turn. What comes for the others meanwhile leaves with what they have. */
   function flush(): void {
-    const batch = dirty;
-    dirty = [];
+    const batch = first;
+    first = [];
+    if (batch.length < WRITES_PER_TURN) batch.push(...dirty.splice(0, WRITES_PER_TURN - batch.length));
     for (const connection of batch) connection.flush(DROP_BYTES / 2, options.close.slowClient);
+    flushing = first.length + dirty.length > 0;
+    if (flushing) setImmediate(flush);
   }
 
   app.ws<UserData>('/*', {

@@ -1,9 +1,9 @@
-import { setImmediate as nextTurn } from 'node:timers/promises';
 import { z } from 'zod';
 import { RivuletError } from '../../shared/errors.ts';
 import { describeIssues } from '../../shared/protocol.ts';
 import type { Handler, HandlerContext, HandlerRequest, HandlerResult } from '../handler.ts';
 import { composeDemoAnswer } from './demo-answers.ts';
+import { type Bed, leaveBed, type Sleeper, sleepUntil } from './pace.ts';
 
 /**
  * The demo model: needs no key and no network, answers from the conversation it is given, and says what it is.
@@ -43,85 +43,157 @@ const SCRIPT_FIELDS = Object.keys(scriptSchema.shape);
 /** How many words of a full-speed script go out before other work gets a turn: under 0.1 ms of it. */
 const WORDS_PER_TURN = 64;
 
-async function* runScript(
-  { contents, parameters }: HandlerRequest,
-  { signal, attempt }: HandlerContext,
-): AsyncGenerator<string, HandlerResult> {
+function runScript({ contents, parameters }: HandlerRequest, context: HandlerContext): ReturnType<Handler> {
   const parsed = scriptSchema.safeParse(parameters);
-  if (!parsed.success)
-    throw new RivuletError('invalid_frame', `parameters: ${describeIssues(parsed.error)}`, {
-      temporary: false,
-    });
-  const { tokens, intervalMs, firstTokenMs, failAttempts, seed } = parsed.data;
-  const fails = attempt <= failAttempts;
-  const count = fails ? Math.floor(tokens / 2) : tokens;
-  const nextWord = wordsFor(contents, seed);
+  return parsed.success ? new Script(contents, parsed.data, context) : refuse(describeIssues(parsed.error));
+}
 
-  signal.throwIfAborted();
-  const pacer = createPacer(signal);
-  try {
-    if (firstTokenMs > 0) await pacer.wait(firstTokenMs);
-    for (let index = 0; index < count; index++) {
-      if (index > 0) {
-        if (intervalMs > 0) await pacer.wait(intervalMs);
-        else if (index % WORDS_PER_TURN === 0) await nextTurn();
-      }
-      if (signal.aborted) throw signal.reason;
-      yield nextWord(index === 0 ? WORDS : SPACED_WORDS);
-    }
-  } finally {
-    pacer.stop();
-  }
-  if (fails)
-    throw new RivuletError(
-      'model_error',
-      `The demo model failed attempt ${attempt} after ${count} words, as asked.`,
-      { temporary: true },
-    );
-  return {
-    finishReason: 'stop',
-    usage: { promptTokens: Math.ceil(contents.length / 4), completionTokens: count },
-  };
+// biome-ignore lint/correctness/useYield: it fails as a handler does, when it is asked for its first word
+async function* refuse(issues: string): ReturnType<Handler> {
+  throw new RivuletError('invalid_frame', `parameters: ${issues}`, { temporary: false });
 }
 
 /**
- * Waits that end at once when the signal aborts. They are counted from when the one before was due, as a model elsewhere
- * would have it: a worker that is late for a moment catches up, and its answers do not fall into step with each other.
- * One listener for all of an answer's waits, and one timer while they are equally long: under load, these for each word
- * are what the time of a worker goes into.
+ * An async generator by hand. Under load a generator function's promises, and a timer for each word, would be half of
+ * what a worker does: the load model has to cost less than what it is there to load.
+ *
+ * Words are due at their time counted from the first, as a model elsewhere would have it: a worker that is late for a
+ * moment catches up, and its answers do not fall into step with each other. Calls of `next` must not overlap.
  */
-function createPacer(signal: AbortSignal): { wait(ms: number): Promise<void>; stop(): void } {
-  let timer: NodeJS.Timeout | undefined;
-  let timerMs = 0;
+class Script implements AsyncGenerator<string, HandlerResult, undefined>, Sleeper {
+  private readonly script: z.infer<typeof scriptSchema>;
+  private readonly signal: AbortSignal;
+  private readonly attempt: number;
+  private readonly promptTokens: number;
+  /** Words that this attempt says. */
+  private readonly count: number;
+  private readonly nextWord: (words: string[]) => string;
+  private index = 0;
+  private ended = false;
+  private dueMs = performance.now();
+  private bed: Bed | null = null;
+  /** Who waits for the next word. */
+  private waiting: {
+    resolve(next: Spoken): void;
+    reject(reason: unknown): void;
+  } | null = null;
+  private readonly onAbort = () => this.stop(this.signal.reason);
+
+  constructor(contents: string, script: z.infer<typeof scriptSchema>, { signal, attempt }: HandlerContext) {
+    this.script = script;
+    this.signal = signal;
+    this.attempt = attempt;
+    this.promptTokens = Math.ceil(contents.length / 4);
+    this.count = attempt <= script.failAttempts ? Math.floor(script.tokens / 2) : script.tokens;
+    this.nextWord = wordsFor(contents, script.seed);
+    signal.addEventListener('abort', this.onAbort);
+  }
+
+  next(): Promise<Spoken> {
+    const { index } = this;
+    if (this.ended) return Promise.resolve(NOTHING_MORE);
+    if (this.signal.aborted || (index > 0 && index === this.count)) return this.leave();
+    const waitMs = index === 0 ? this.script.firstTokenMs : this.script.intervalMs;
+    if (waitMs > 0) {
+      this.dueMs += waitMs;
+      return new Promise((resolve, reject) => {
+        this.waiting = { resolve, reject };
+        this.bed = sleepUntil(this.dueMs, this);
+      });
+    }
+    if (index > 0 && index % WORDS_PER_TURN === 0) {
+      return new Promise((resolve, reject) => {
+        this.waiting = { resolve, reject };
+        setImmediate(() => this.wake());
+      });
+    }
+    return index < this.count ? Promise.resolve(this.say()) : this.leave();
+  }
+
+  wake(): void {
+    this.bed = null;
+    const { waiting } = this;
+    this.waiting = null;
+    if (!waiting) return;
+    if (this.index < this.count) waiting.resolve(this.say());
+    else this.leave().then(waiting.resolve, waiting.reject);
+  }
+
+  return(): Promise<Spoken> {
+    this.stop(undefined);
+    return Promise.resolve(NOTHING_MORE);
+  }
+
+  throw(reason: unknown): Promise<Spoken> {
+    this.stop(reason);
+    return Promise.reject(reason);
+  }
+
+  [Symbol.asyncIterator](): this {
+    return this;
+  }
+
+  private say(): Spoken {
+    return { done: false, value: this.nextWord(this.index++ === 0 ? WORDS : SPACED_WORDS) };
+  }
+
+  /** How it ends: aborted, failed as asked, or complete. */
+  private leave(): Promise<Spoken> {
+    const { signal, count, attempt } = this;
+    this.stop(undefined);
+    if (signal.aborted) return Promise.reject(signal.reason);
+    if (attempt <= this.script.failAttempts)
+      return Promise.reject(
+        new RivuletError(
+          'model_error',
+          `The demo model failed attempt ${attempt} after ${count} words, as asked.`,
+          { temporary: true },
+        ),
+      );
+    const usage = { promptTokens: this.promptTokens, completionTokens: count };
+    return Promise.resolve({ done: true, value: { finishReason: 'stop', usage } });
+  }
+
+  /** Says no more; whoever waits hears the reason, or, without one, that it is over. */
+  private stop(reason: unknown): void {
+    this.ended = true;
+    this.signal.removeEventListener('abort', this.onAbort);
+    if (this.bed) leaveBed(this.bed, this);
+    this.bed = null;
+    const { waiting } = this;
+    this.waiting = null;
+    if (reason === undefined) waiting?.resolve(NOTHING_MORE);
+    else waiting?.reject(reason);
+  }
+}
+
+type Spoken = IteratorResult<string, HandlerResult>;
+
+const NOTHING_MORE: Spoken = { done: true, value: {} };
+
+/** Waits of so many milliseconds after each other, that end at once when the signal aborts. */
+function createPacer(signal: AbortSignal): (ms: number) => Promise<void> {
   let dueMs = performance.now();
-  let wake: () => void = () => {};
-  let fail: (reason: unknown) => void = () => {};
-  const abort = () => {
-    clearTimeout(timer);
-    fail(signal.reason);
-  };
-  signal.addEventListener('abort', abort);
-  return {
-    wait: (ms) =>
-      new Promise((resolve, reject) => {
-        if (signal.aborted) reject(signal.reason);
-        wake = resolve;
-        fail = reject;
-        dueMs += ms;
-        const leftMs = Math.max(1, Math.ceil(dueMs - performance.now()));
-        if (timer && timerMs === leftMs) {
-          timer.refresh();
-          return;
-        }
-        clearTimeout(timer);
-        timer = setTimeout(() => wake(), leftMs);
-        timerMs = leftMs;
-      }),
-    stop() {
-      clearTimeout(timer);
-      signal.removeEventListener('abort', abort);
-    },
-  };
+  return (ms) =>
+    new Promise((resolve, reject) => {
+      if (signal.aborted) {
+        reject(signal.reason);
+        return;
+      }
+      const abort = () => {
+        leaveBed(bed, sleeper);
+        reject(signal.reason);
+      };
+      const sleeper = {
+        wake() {
+          signal.removeEventListener('abort', abort);
+          resolve();
+        },
+      };
+      dueMs += ms;
+      const bed = sleepUntil(dueMs, sleeper);
+      signal.addEventListener('abort', abort, { once: true });
+    });
 }
 
 const WORDS =
@@ -154,18 +226,14 @@ async function* answerNaturally(
   { signal }: HandlerContext,
 ): AsyncGenerator<string, HandlerResult> {
   const words = composeDemoAnswer(request).match(/\s*\S+/g) ?? [];
-  const pacer = createPacer(signal);
-  try {
-    let index = 0;
-    for (const word of words) {
-      // The first word goes out at once; the rest sway a little, the same way each time.
-      if (index > 0) await pacer.wait(WORD_MS.least + ((index * 7) % WORD_MS.spread));
-      signal.throwIfAborted();
-      yield word;
-      index++;
-    }
-  } finally {
-    pacer.stop();
+  const wait = createPacer(signal);
+  let index = 0;
+  for (const word of words) {
+    // The first word goes out at once; the rest sway a little, the same way each time.
+    if (index > 0) await wait(WORD_MS.least + ((index * 7) % WORD_MS.spread));
+    signal.throwIfAborted();
+    yield word;
+    index++;
   }
   const prompt = [request.contents, ...(request.history ?? []).map((message) => message.content)];
   return {

@@ -1,0 +1,48 @@
+import assert from 'node:assert/strict';
+import { test } from 'node:test';
+import { WebSocket } from 'ws';
+import { type Connection, listen } from '../../gateway/socket-server.ts';
+
+/** With something for everybody, first frames leave before those that only continue, and all arrive whole and in order. */
+test('what is to be sent soon does not wait for everybody', async (t) => {
+  const count = 400;
+  const connections: Connection[] = [];
+  const server = await listen('127.0.0.1', 0, {
+    maxFrameBytes: 1_000,
+    heartbeatMs: 60_000,
+    refuseUpgrade: () => null,
+    connect(connection: Connection) {
+      connections.push(connection);
+      return { onText() {}, onDrain() {}, onClose() {} };
+    },
+    answer: async () => ({ status: 404 }),
+    close: { noHeartbeat: 4002, payloadTooLarge: 4504, protocolViolation: 4503, slowClient: 4001 },
+    onError: (error) => assert.fail(String(error)),
+  });
+  t.after(() => server.stop());
+  const arrived: string[] = [];
+  let whenAll: () => void = () => {};
+  const all = new Promise<void>((resolve) => {
+    whenAll = resolve;
+  });
+  for (let index = 0; index < count; index++) {
+    const client = new WebSocket(`ws://127.0.0.1:${server.port}/ws`);
+    t.after(() => client.terminate());
+    await new Promise((resolve, reject) => client.once('open', resolve).once('error', reject));
+    client.on('message', (data) => {
+      arrived.push(`${index} ${data}`);
+      if (arrived.length === 2 * count + 1) whenAll();
+    });
+  }
+  const last = connections.length - 1;
+  for (const connection of connections) connection.send('one');
+  connections[last]!.send('soon', true);
+  for (const connection of connections) connection.send('two');
+  await all;
+  assert.deepEqual(
+    arrived.filter((text) => text.startsWith(`${last} `)),
+    [`${last} one`, `${last} soon`, `${last} two`],
+  );
+  assert.ok(arrived.indexOf(`${last} soon`) < arrived.indexOf(`${last - 1} one`));
+  assert.ok(arrived.indexOf(`${last} soon`) < arrived.indexOf(`${count / 2} one`));
+});
