@@ -9,33 +9,90 @@ export type RespValue = string | number | null | RespError | RespValue[];
 /** An error reply, as a value: whoever sent the command turns it into a rejection. */
 export class RespError extends Error {}
 
-const HEADS = Array.from({ length: 64 }, (_, count) => `*${count}\r\n`);
-const LENGTHS = Array.from({ length: 256 }, (_, length) => `$${length}\r\n`);
+const FIRST_BYTES = 32_768;
+const MOST_KEPT = 262_144; // memory that one busy turn needed is not kept for ever
 const SHORT = 48; // below this a loop beats the native call
-
-/** Bytes of a string as UTF-8. */
-function byteLength(text: string): number {
-  const { length } = text;
-  if (length > SHORT) return Buffer.byteLength(text);
-  for (let index = 0; index < length; index++)
-    if (text.charCodeAt(index) > 127) return Buffer.byteLength(text);
-  return length;
-}
-
-/** A command as the server reads it. */
-export function encodeCommand(parts: readonly (string | number)[]): string {
-  const count = parts.length;
-  let encoded = count < 64 ? HEADS[count]! : `*${count}\r\n`;
-  for (let index = 0; index < count; index++) {
-    const part = parts[index]!;
-    const text = typeof part === 'string' ? part : String(part);
-    const length = byteLength(text);
-    encoded += `${length < 256 ? LENGTHS[length]! : `$${length}\r\n`}${text}\r\n`;
-  }
-  return encoded;
-}
-
 const CR = 13;
+const LF = 10;
+
+/** Commands as the server reads them, one after the other in one piece of memory, which is used again. */
+export class CommandBuffer {
+  private bytes = Buffer.allocUnsafeSlow(FIRST_BYTES);
+  /** Bytes so far. */
+  length = 0;
+
+  add(parts: readonly (string | number)[]): void {
+    this.head(42, parts.length); // *
+    for (let index = 0; index < parts.length; index++) {
+      const part = parts[index]!;
+      this.bulk(typeof part === 'string' ? part : String(part));
+    }
+  }
+
+  /** What was added. Good until `clear`. */
+  view(): Buffer {
+    return this.bytes.subarray(0, this.length);
+  }
+
+  /** @param inUse somebody still reads the view: its memory is not used again */
+  clear(inUse: boolean): void {
+    this.length = 0;
+    if (inUse || this.bytes.length > MOST_KEPT) this.bytes = Buffer.allocUnsafeSlow(FIRST_BYTES);
+  }
+
+  private bulk(text: string): void {
+    const { length } = text;
+    this.reserve(length * 3 + 2);
+    if (length <= SHORT) {
+      const before = this.length;
+      this.head(36, length); // $
+      const { bytes } = this;
+      let at = this.length;
+      let index = 0;
+      for (; index < length; index++) {
+        const unit = text.charCodeAt(index);
+        if (unit > 127) break;
+        bytes[at++] = unit;
+      }
+      if (index === length) {
+        this.length = at;
+        this.endLine();
+        return;
+      }
+      this.length = before;
+    }
+    this.head(36, Buffer.byteLength(text));
+    this.length += this.bytes.write(text, this.length);
+    this.endLine();
+  }
+
+  /** A kind and a number, which is not negative. */
+  private head(kind: number, value: number): void {
+    this.reserve(0);
+    this.bytes[this.length++] = kind;
+    if (value < 10) this.bytes[this.length++] = 48 + value;
+    else if (value < 100) {
+      this.bytes[this.length++] = 48 + Math.floor(value / 10);
+      this.bytes[this.length++] = 48 + (value % 10);
+    } else this.length += this.bytes.write(String(value), this.length);
+    this.endLine();
+  }
+
+  private endLine(): void {
+    this.bytes[this.length++] = CR;
+    this.bytes[this.length++] = LF;
+  }
+
+  /** Makes room for so many bytes and a head. */
+  private reserve(count: number): void {
+    const needed = this.length + count + 32;
+    if (needed <= this.bytes.length) return;
+    const larger = Buffer.allocUnsafeSlow(Math.max(needed, this.bytes.length * 2));
+    this.bytes.copy(larger, 0, 0, this.length);
+    this.bytes = larger;
+  }
+}
+
 const MOST_BULK = 512 * 1024 * 1024; // what Redis itself allows
 const MOST_ITEMS = 16 * 1024 * 1024;
 

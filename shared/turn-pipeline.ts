@@ -1,6 +1,6 @@
 import { randomUUID } from 'node:crypto';
 import type { Redis } from 'ioredis';
-import { createParser, encodeCommand, RespError, type RespValue } from './resp.ts';
+import { CommandBuffer, createParser, RespError, type RespValue } from './resp.ts';
 
 /**
  * Sends commands over a connection that ioredis has made (address, Sentinel, TLS, credentials, reconnects) but
@@ -32,13 +32,12 @@ interface Waiter {
 }
 
 const MOST_WAITING = 200_000; // commands without an answer; beyond it something is badly wrong
-const FLUSH_UNITS = 8_192; // Redis gets to work while the rest of a busy turn goes on here
-const EMPTY = '';
+const FLUSH_BYTES = 8_192; // Redis gets to work while the rest of a busy turn goes on here
 
 export function createTurnPipeline(redis: Redis): TurnPipeline {
   let ready = false;
   let closed = false;
-  let outgoing = EMPTY;
+  const outgoing = new CommandBuffer();
   let scheduled = false;
   /** Waiters in the order of their commands. A ring would save the compaction; an array with a head is enough. */
   let waiters: (Waiter | null)[] = [];
@@ -74,7 +73,7 @@ export function createTurnPipeline(redis: Redis): TurnPipeline {
       }
     });
     stream.resume();
-    stream.write(encodeCommand(['echo', mark]));
+    stream.write(`*2\r\n$4\r\necho\r\n$${mark.length}\r\n${mark}\r\n`);
   });
   redis.on('close', away);
   redis.on('end', away);
@@ -82,7 +81,7 @@ export function createTurnPipeline(redis: Redis): TurnPipeline {
   function away(): void {
     ready = false;
     epoch++;
-    outgoing = EMPTY;
+    outgoing.clear(false);
     const lost = waiters.slice(head);
     waiters = [];
     head = 0;
@@ -106,36 +105,18 @@ export function createTurnPipeline(redis: Redis): TurnPipeline {
     waiter.take(reply);
   }
 
-  function enqueue(encoded: string, waiter: Waiter): void {
+  function enqueue(commands: readonly PipelineCommand[], waiter: Waiter): void {
     if (closed || waiting > MOST_WAITING) {
       waiter.fail(new Error(closed ? 'Connection is closed.' : 'too many commands wait for Redis'));
       return;
     }
     waiting += waiter.left;
     waiters.push(waiter);
-    outgoing += encoded;
-    if (outgoing.length > FLUSH_UNITS) writeOut();
+    for (const command of commands) outgoing.add(command);
+    if (outgoing.length > FLUSH_BYTES) writeOut();
     if (scheduled) return;
     scheduled = true;
     setImmediate(flush);
-  }
-
-  /** Apart from `batch`, so that nothing holds its commands while they are under way: they would survive a scavenge. */
-  function wait(encoded: string, count: number): Promise<PipelineReply[]> {
-    return new Promise((resolve) => {
-      const replies: PipelineReply[] = [];
-      enqueue(encoded, {
-        left: count,
-        take(reply) {
-          replies.push(reply instanceof RespError ? [reply, null] : [null, reply]);
-          if (replies.length === count) resolve(replies);
-        },
-        fail(error) {
-          while (replies.length < count) replies.push([error, null]);
-          resolve(replies);
-        },
-      });
-    });
   }
 
   function flush(): void {
@@ -144,32 +125,61 @@ export function createTurnPipeline(redis: Redis): TurnPipeline {
   }
 
   function writeOut(): void {
-    if (!ready || outgoing === EMPTY) return;
-    const text = outgoing;
-    outgoing = EMPTY;
-    redis.stream.write(text);
+    if (!ready || outgoing.length === 0) return;
+    const { stream } = redis;
+    stream.write(outgoing.view());
+    outgoing.clear(stream.writableLength > 0); // else the kernel has all of it
   }
 
   return {
     send(command) {
-      return new Promise((resolve, reject) => {
-        enqueue(encodeCommand(command), {
-          left: 1,
-          take: (reply) => (reply instanceof RespError ? reject(reply) : resolve(reply)),
-          fail: reject,
-        });
-      });
+      const { waiter, reply } = awaitOne();
+      enqueue([command], waiter);
+      return reply;
     },
     batch(commands) {
       const count = commands.length;
       if (count === 0) return Promise.resolve([]);
-      let encoded = EMPTY;
-      for (const command of commands) encoded += encodeCommand(command);
-      return wait(encoded, count);
+      const { waiter, replies } = awaitAll(count);
+      enqueue(commands, waiter);
+      return replies;
     },
     flush,
     close() {
       closed = true;
     },
   };
+}
+
+// Apart from what sends, so that nothing holds commands while they are under way: they would survive a scavenge.
+
+function awaitOne(): { waiter: Waiter; reply: Promise<unknown> } {
+  let waiter!: Waiter;
+  const reply = new Promise((resolve, reject) => {
+    waiter = {
+      left: 1,
+      take: (value) => (value instanceof RespError ? reject(value) : resolve(value)),
+      fail: reject,
+    };
+  });
+  return { waiter, reply };
+}
+
+function awaitAll(count: number): { waiter: Waiter; replies: Promise<PipelineReply[]> } {
+  let waiter!: Waiter;
+  const replies = new Promise<PipelineReply[]>((resolve) => {
+    const list: PipelineReply[] = [];
+    waiter = {
+      left: count,
+      take(value) {
+        list.push(value instanceof RespError ? [value, null] : [null, value]);
+        if (list.length === count) resolve(list);
+      },
+      fail(error) {
+        while (list.length < count) list.push([error, null]);
+        resolve(list);
+      },
+    };
+  });
+  return { waiter, replies };
 }

@@ -1,7 +1,7 @@
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
 import fc from 'fast-check';
-import { createParser, encodeCommand, RespError, type RespValue } from '../../shared/resp.ts';
+import { CommandBuffer, createParser, RespError, type RespValue } from '../../shared/resp.ts';
 
 /** What a server would send for a value. */
 function encodeReply(value: RespValue): string {
@@ -74,14 +74,39 @@ test('a status reply and a null array are read; garbage is refused', () => {
 });
 
 test('commands carry lengths in bytes', () => {
+  const commands = new CommandBuffer();
+  commands.add(['XADD', 'k', 7, 'né']);
+  commands.add(['get', '']);
   assert.equal(
-    encodeCommand(['XADD', 'k', 7, 'né']),
-    '*4\r\n$4\r\nXADD\r\n$1\r\nk\r\n$1\r\n7\r\n$3\r\nné\r\n',
+    commands.view().toString(),
+    '*4\r\n$4\r\nXADD\r\n$1\r\nk\r\n$1\r\n7\r\n$3\r\nné\r\n*2\r\n$3\r\nget\r\n$0\r\n\r\n',
+  );
+  const part = fc.oneof(
+    fc.string({ unit: 'binary', maxLength: 120 }),
+    fc.string({ unit: 'binary-ascii', maxLength: 120 }),
+    fc.integer({ min: 0, max: 40_000 }).map((length) => '漢'.repeat(length)),
   );
   fc.assert(
-    fc.property(fc.array(fc.string({ unit: 'binary' }), { minLength: 1, maxLength: 80 }), (parts) => {
-      const clean = parts.map((part) => part.toWellFormed());
-      assert.deepEqual(parseInPieces(Buffer.from(encodeCommand(clean)), []), [clean]);
-    }),
+    fc.property(
+      fc.array(fc.array(part, { minLength: 1, maxLength: 120 }), { minLength: 1, maxLength: 5 }),
+      fc.boolean(),
+      (list, inUse) => {
+        const clean = list.map((parts) => parts.map((text) => text.toWellFormed()));
+        commands.clear(inUse); // the same memory, however large the turn before was
+        for (const parts of clean) commands.add(parts);
+        assert.deepEqual(parseInPieces(commands.view(), []), clean);
+      },
+    ),
+    { numRuns: 200 },
   );
+});
+
+test('what somebody still reads is not written over', () => {
+  const commands = new CommandBuffer();
+  commands.add(['get', 'one']);
+  const view = commands.view();
+  commands.clear(true);
+  commands.add(['get', 'two']);
+  assert.match(view.toString(), /one/);
+  assert.match(commands.view().toString(), /two/);
 });
