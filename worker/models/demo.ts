@@ -3,7 +3,7 @@ import { RivuletError } from '../../shared/errors.ts';
 import { describeIssues } from '../../shared/protocol.ts';
 import type { Handler, HandlerContext, HandlerRequest, HandlerResult } from '../handler.ts';
 import { composeDemoAnswer } from './demo-answers.ts';
-import { type Bed, leaveBed, type Sleeper, sleepUntil } from './pace.ts';
+import { cancelWait, type Slot, type Waiter, waitUntil } from './pace.ts';
 
 /**
  * The demo model: needs no key and no network, answers from the conversation it is given, and says what it is.
@@ -60,7 +60,7 @@ async function* refuse(issues: string): ReturnType<Handler> {
  * Words are due at their time counted from the first, as a model elsewhere would have it: a worker that is late for a
  * moment catches up, and its answers do not fall into step with each other. Calls of `next` must not overlap.
  */
-class Script implements AsyncGenerator<string, HandlerResult, undefined>, Sleeper {
+class Script implements AsyncGenerator<string, HandlerResult, undefined>, Waiter {
   private readonly script: z.infer<typeof scriptSchema>;
   private readonly signal: AbortSignal;
   private readonly attempt: number;
@@ -71,7 +71,7 @@ class Script implements AsyncGenerator<string, HandlerResult, undefined>, Sleepe
   private index = 0;
   private ended = false;
   private dueMs = performance.now();
-  private bed: Bed | null = null;
+  private slot: Slot | null = null;
   /** Who waits for the next word. */
   private waiting: {
     resolve(next: Spoken): void;
@@ -98,7 +98,7 @@ class Script implements AsyncGenerator<string, HandlerResult, undefined>, Sleepe
       this.dueMs += waitMs;
       return new Promise((resolve, reject) => {
         this.waiting = { resolve, reject };
-        this.bed = sleepUntil(this.dueMs, this);
+        this.slot = waitUntil(this.dueMs, this);
       });
     }
     if (index > 0 && index % WORDS_PER_TURN === 0) {
@@ -111,7 +111,7 @@ class Script implements AsyncGenerator<string, HandlerResult, undefined>, Sleepe
   }
 
   wake(): void {
-    this.bed = null;
+    this.slot = null;
     const { waiting } = this;
     this.waiting = null;
     if (!waiting) return;
@@ -158,8 +158,8 @@ class Script implements AsyncGenerator<string, HandlerResult, undefined>, Sleepe
   private stop(reason: unknown): void {
     this.ended = true;
     this.signal.removeEventListener('abort', this.onAbort);
-    if (this.bed) leaveBed(this.bed, this);
-    this.bed = null;
+    if (this.slot) cancelWait(this.slot, this);
+    this.slot = null;
     const { waiting } = this;
     this.waiting = null;
     if (reason === undefined) waiting?.resolve(NOTHING_MORE);
@@ -181,17 +181,17 @@ function createPacer(signal: AbortSignal): (ms: number) => Promise<void> {
         return;
       }
       const abort = () => {
-        leaveBed(bed, sleeper);
+        cancelWait(slot, waiter);
         reject(signal.reason);
       };
-      const sleeper = {
+      const waiter = {
         wake() {
           signal.removeEventListener('abort', abort);
           resolve();
         },
       };
       dueMs += ms;
-      const bed = sleepUntil(dueMs, sleeper);
+      const slot = waitUntil(dueMs, waiter);
       signal.addEventListener('abort', abort, { once: true });
     });
 }

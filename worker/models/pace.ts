@@ -2,54 +2,54 @@
  * Waits of the demo model: all that end in the same millisecond share one timer. A worker has hundreds of paced answers
  * at once, and a timer for each word of each of them is what its time would go into, and not the words.
  */
-export interface Sleeper {
+export interface Waiter {
   /** The wait is over. */
   wake(): void;
 }
 
 /** A millisecond at which somebody is to be woken. */
-export interface Bed {
+export interface Slot {
   readonly dueMs: number;
   readonly timer: NodeJS.Timeout;
-  readonly sleepers: (Sleeper | null)[];
+  readonly waiters: (Waiter | null)[];
   left: number;
 }
 
-const beds = new Map<number, Bed>();
+const slots = new Map<number, Slot>();
 
 /**
- * Wakes the sleeper at `dueMs` of `performance.now()`, to the millisecond, in a later event-loop turn.
- * @returns what `leaveBed` takes
+ * Wakes it at `dueMs` of `performance.now()`, to the millisecond, in a later event-loop turn.
+ * @returns what `cancelWait` takes
  */
-export function sleepUntil(dueMs: number, sleeper: Sleeper): Bed {
+export function waitUntil(dueMs: number, waiter: Waiter): Slot {
   const due = Math.ceil(dueMs);
-  let bed = beds.get(due);
-  if (!bed) {
-    bed = {
+  let slot = slots.get(due);
+  if (!slot) {
+    slot = {
       dueMs: due,
       timer: setTimeout(wakeAll, due - performance.now(), due),
-      sleepers: [],
+      waiters: [],
       left: 0,
     };
-    beds.set(due, bed);
+    slots.set(due, slot);
   }
-  bed.sleepers.push(sleeper);
-  bed.left++;
-  return bed;
+  slot.waiters.push(waiter);
+  slot.left++;
+  return slot;
 }
 
-/** Does not wake this sleeper any more, if it still sleeps there. */
-export function leaveBed(bed: Bed, sleeper: Sleeper): void {
-  const place = bed.sleepers.indexOf(sleeper);
+/** Does not wake this waiter any more, if it still waits there. */
+export function cancelWait(slot: Slot, waiter: Waiter): void {
+  const place = slot.waiters.indexOf(waiter);
   if (place < 0) return;
-  bed.sleepers[place] = null;
-  if (--bed.left > 0 || beds.get(bed.dueMs) !== bed) return;
-  clearTimeout(bed.timer);
-  beds.delete(bed.dueMs);
+  slot.waiters[place] = null;
+  if (--slot.left > 0 || slots.get(slot.dueMs) !== slot) return;
+  clearTimeout(slot.timer);
+  slots.delete(slot.dueMs);
 }
 
 function wakeAll(due: number): void {
-  const bed = beds.get(due)!;
-  beds.delete(due);
-  for (const sleeper of bed.sleepers) sleeper?.wake();
+  const slot = slots.get(due)!;
+  slots.delete(due);
+  for (const waiter of slot.waiters) waiter?.wake();
 }
