@@ -5,8 +5,8 @@ import { STATUS_CODES } from 'node:http';
  * The only file that knows uWebSockets.js. It turns its sockets into `Connection`s and its HTTP into plain
  * request and response objects. Request data is copied before anything is awaited, because uWS frees it.
  *
- * What is sent to a connection in one turn leaves in one corked write at the end of that turn, or of one of the next. A connection that
- * holds more than `SLOW_BYTES` unsent is slow: whoever has a stream for it stops pushing until it drains.
+ * What is sent to a connection in one turn leaves in one corked write at the end of that turn, or of one of the next. A
+ * connection that holds more than `SLOW_BYTES` unsent is slow: whoever has a stream for it stops pushing until it drains.
  */
 
 export const SLOW_BYTES = 256 * 1024; // about 2,000 token frames
