@@ -73,7 +73,9 @@ export function createTurnPipeline(redis: Redis): TurnPipeline {
       }
     });
     stream.resume();
-    stream.write(`*2\r\n$4\r\necho\r\n$${mark.length}\r\n${mark}\r\n`);
+    const greeting = new CommandBuffer();
+    greeting.add(['echo', mark]);
+    stream.write(greeting.view());
   });
   redis.on('close', away);
   redis.on('end', away);

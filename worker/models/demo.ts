@@ -45,7 +45,29 @@ const WORDS_PER_TURN = 64;
 
 function runScript({ contents, parameters }: HandlerRequest, context: HandlerContext): ReturnType<Handler> {
   const parsed = scriptSchema.safeParse(parameters);
-  return parsed.success ? new Script(contents, parsed.data, context) : refuse(describeIssues(parsed.error));
+  if (!parsed.success) return refuse(describeIssues(parsed.error));
+  const { tokens, intervalMs, firstTokenMs, failAttempts, seed } = parsed.data;
+  const { attempt } = context;
+  const fails = attempt <= failAttempts;
+  const count = fails ? Math.floor(tokens / 2) : tokens;
+  const nextWord = wordsFor(contents, seed);
+  return new Recital(context.signal, {
+    count,
+    word: (index) => nextWord(index === 0 ? WORDS : SPACED_WORDS),
+    waitMs: (index) => (index === 0 ? firstTokenMs : intervalMs),
+    end() {
+      if (fails)
+        throw new RivuletError(
+          'model_error',
+          `The demo model failed attempt ${attempt} after ${count} words, as asked.`,
+          { temporary: true },
+        );
+      return {
+        finishReason: 'stop',
+        usage: { promptTokens: Math.ceil(contents.length / 4), completionTokens: count },
+      };
+    },
+  });
 }
 
 // biome-ignore lint/correctness/useYield: it fails as a handler does, when it is asked for its first word
@@ -53,21 +75,26 @@ async function* refuse(issues: string): ReturnType<Handler> {
   throw new RivuletError('invalid_frame', `parameters: ${issues}`, { temporary: false });
 }
 
+/** What is said, each word asked for once and in order. */
+interface Text {
+  count: number;
+  word(index: number): string;
+  /** How long after the word before, or after the start. */
+  waitMs(index: number): number;
+  /** Throws where the answer is to fail after its last word. */
+  end(): HandlerResult;
+}
+
 /**
- * An async generator by hand. Under load a generator function's promises, and a timer for each word, would be half of
- * what a worker does: the load model has to cost less than what it is there to load.
+ * An async generator by hand. Under load a generator function's promises, a timer and an abort listener for each word
+ * would be half of what a worker does: the load model has to cost less than what it is there to load.
  *
  * Words are due at their time counted from the first, as a model elsewhere would have it: a worker that is late for a
  * moment catches up, and its answers do not fall into step with each other. Calls of `next` must not overlap.
  */
-class Script implements AsyncGenerator<string, HandlerResult, undefined>, Waiter {
-  private readonly script: z.infer<typeof scriptSchema>;
+class Recital implements AsyncGenerator<string, HandlerResult, undefined>, Waiter {
   private readonly signal: AbortSignal;
-  private readonly attempt: number;
-  private readonly promptTokens: number;
-  /** Words that this attempt says. */
-  private readonly count: number;
-  private readonly nextWord: (words: string[]) => string;
+  private readonly text: Text;
   private index = 0;
   private ended = false;
   private dueMs = performance.now();
@@ -79,35 +106,25 @@ class Script implements AsyncGenerator<string, HandlerResult, undefined>, Waiter
   } | null = null;
   private readonly onAbort = () => this.stop(this.signal.reason);
 
-  constructor(contents: string, script: z.infer<typeof scriptSchema>, { signal, attempt }: HandlerContext) {
-    this.script = script;
+  constructor(signal: AbortSignal, text: Text) {
     this.signal = signal;
-    this.attempt = attempt;
-    this.promptTokens = Math.ceil(contents.length / 4);
-    this.count = attempt <= script.failAttempts ? Math.floor(script.tokens / 2) : script.tokens;
-    this.nextWord = wordsFor(contents, script.seed);
+    this.text = text;
     signal.addEventListener('abort', this.onAbort);
   }
 
   next(): Promise<Spoken> {
-    const { index } = this;
+    const { index, text } = this;
     if (this.ended) return Promise.resolve(NOTHING_MORE);
-    if (this.signal.aborted || (index > 0 && index === this.count)) return this.leave();
-    const waitMs = index === 0 ? this.script.firstTokenMs : this.script.intervalMs;
-    if (waitMs > 0) {
-      this.dueMs += waitMs;
+    if (this.signal.aborted || (index > 0 && index === text.count)) return this.leave();
+    const waitMs = text.waitMs(index);
+    if (waitMs > 0 || (index > 0 && index % WORDS_PER_TURN === 0))
       return new Promise((resolve, reject) => {
         this.waiting = { resolve, reject };
-        this.slot = waitUntil(this.dueMs, this);
+        this.dueMs += waitMs;
+        if (waitMs > 0) this.slot = waitUntil(this.dueMs, this);
+        else setImmediate(() => this.wake());
       });
-    }
-    if (index > 0 && index % WORDS_PER_TURN === 0) {
-      return new Promise((resolve, reject) => {
-        this.waiting = { resolve, reject };
-        setImmediate(() => this.wake());
-      });
-    }
-    return index < this.count ? Promise.resolve(this.say()) : this.leave();
+    return index < text.count ? Promise.resolve(this.say()) : this.leave();
   }
 
   wake(): void {
@@ -115,7 +132,7 @@ class Script implements AsyncGenerator<string, HandlerResult, undefined>, Waiter
     const { waiting } = this;
     this.waiting = null;
     if (!waiting) return;
-    if (this.index < this.count) waiting.resolve(this.say());
+    if (this.index < this.text.count) waiting.resolve(this.say());
     else this.leave().then(waiting.resolve, waiting.reject);
   }
 
@@ -134,24 +151,14 @@ class Script implements AsyncGenerator<string, HandlerResult, undefined>, Waiter
   }
 
   private say(): Spoken {
-    return { done: false, value: this.nextWord(this.index++ === 0 ? WORDS : SPACED_WORDS) };
+    return { done: false, value: this.text.word(this.index++) };
   }
 
-  /** How it ends: aborted, failed as asked, or complete. */
-  private leave(): Promise<Spoken> {
-    const { signal, count, attempt } = this;
+  /** Aborted, or at its end. */
+  private async leave(): Promise<Spoken> {
     this.stop(undefined);
-    if (signal.aborted) return Promise.reject(signal.reason);
-    if (attempt <= this.script.failAttempts)
-      return Promise.reject(
-        new RivuletError(
-          'model_error',
-          `The demo model failed attempt ${attempt} after ${count} words, as asked.`,
-          { temporary: true },
-        ),
-      );
-    const usage = { promptTokens: this.promptTokens, completionTokens: count };
-    return Promise.resolve({ done: true, value: { finishReason: 'stop', usage } });
+    this.signal.throwIfAborted();
+    return { done: true, value: this.text.end() };
   }
 
   /** Says no more; whoever waits hears the reason, or, without one, that it is over. */
@@ -170,31 +177,6 @@ class Script implements AsyncGenerator<string, HandlerResult, undefined>, Waiter
 type Spoken = IteratorResult<string, HandlerResult>;
 
 const NOTHING_MORE: Spoken = { done: true, value: {} };
-
-/** Waits of so many milliseconds after each other, that end at once when the signal aborts. */
-function createPacer(signal: AbortSignal): (ms: number) => Promise<void> {
-  let dueMs = performance.now();
-  return (ms) =>
-    new Promise((resolve, reject) => {
-      if (signal.aborted) {
-        reject(signal.reason);
-        return;
-      }
-      const abort = () => {
-        cancelWait(slot, waiter);
-        reject(signal.reason);
-      };
-      const waiter = {
-        wake() {
-          signal.removeEventListener('abort', abort);
-          resolve();
-        },
-      };
-      dueMs += ms;
-      const slot = waitUntil(dueMs, waiter);
-      signal.addEventListener('abort', abort, { once: true });
-    });
-}
 
 const WORDS =
   'river stone light water cloud north window paper morning bridge garden signal harbour winter copper silver meadow engine lantern valley thunder marble feather island compass orchard velvet canyon ember willow falcon summit'.split(
@@ -221,27 +203,23 @@ function wordsFor(contents: string, seed: number | string): (words: string[]) =>
 /** A brisk reader's pace, so that a page looks alive. */
 const WORD_MS = { least: 20, spread: 11 };
 
-async function* answerNaturally(
-  request: HandlerRequest,
-  { signal }: HandlerContext,
-): AsyncGenerator<string, HandlerResult> {
+function answerNaturally(request: HandlerRequest, { signal }: HandlerContext): ReturnType<Handler> {
   const words = composeDemoAnswer(request).match(/\s*\S+/g) ?? [];
-  const wait = createPacer(signal);
-  let index = 0;
-  for (const word of words) {
+  return new Recital(signal, {
+    count: words.length,
+    word: (index) => words[index]!,
     // The first word goes out at once; the rest sway a little, the same way each time.
-    if (index > 0) await wait(WORD_MS.least + ((index * 7) % WORD_MS.spread));
-    signal.throwIfAborted();
-    yield word;
-    index++;
-  }
-  const prompt = [request.contents, ...(request.history ?? []).map((message) => message.content)];
-  return {
-    finishReason: 'stop',
-    usage: {
-      // Characters by four: the demo has no tokenizer, and the number only has to be plausible.
-      promptTokens: prompt.reduce((sum, text) => sum + Math.ceil(text.length / 4), 0),
-      completionTokens: words.length,
+    waitMs: (index) => (index === 0 ? 0 : WORD_MS.least + ((index * 7) % WORD_MS.spread)),
+    end() {
+      const prompt = [request.contents, ...(request.history ?? []).map((message) => message.content)];
+      return {
+        finishReason: 'stop',
+        usage: {
+          // Characters by four: the demo has no tokenizer, and the number only has to be plausible.
+          promptTokens: prompt.reduce((sum, text) => sum + Math.ceil(text.length / 4), 0),
+          completionTokens: words.length,
+        },
+      };
     },
-  };
+  });
 }
