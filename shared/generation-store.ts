@@ -387,6 +387,30 @@ export function createGenerationStore({
       return ['xadd', log, 'NOMKSTREAM', id, 'token', text];
     },
 
+    /**
+     * The command that appends a text to each of these logs and publishes their frames to the one node that wants them, on
+     * a single server. Read its answer with `readAppended`.
+     * @param frames few enough for one entry
+     */
+    appendAndPublishCommand(
+      node: string,
+      appends: readonly { log: string; id: string; text: string }[],
+      frames: readonly ReplyLines[],
+    ): Command {
+      const [, replies, ...entry] = publishCommands(keys, node, frames)[0]!;
+      return redis.scriptCommand(
+        'append_and_publish',
+        [replies as string, ...appends.map(({ log }) => log)],
+        [entry.length, ...entry, ...appends.flatMap(({ id, text }) => [id, text])],
+      );
+    },
+
+    /** For each log what `appendCommand` would have answered, and whether the frames went out with it. */
+    readAppended(reply: unknown): { published: boolean; taken: (Error | null | 1)[] } {
+      const [published, ...taken] = reply as [number, ...(Error | null | 1)[]];
+      return { published: published === 1, taken };
+    },
+
     /** The key of its log. */
     logKey({ user, messageId }: Attempt): string {
       return keys.log(user, messageId);

@@ -74,6 +74,7 @@ export type ScriptName =
   | 'ack_inbox'
   | 'admit'
   | 'admit_and_enqueue'
+  | 'append_and_publish'
   | 'attach'
   | 'beat'
   | 'begin'

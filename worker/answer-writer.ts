@@ -52,6 +52,8 @@ export class AnswerWriter {
   private publishedSeq = 0;
   /** The attempt has begun and has its log. Until then at most one append is in flight: the one that does that. */
   private opened = false;
+  /** What is in flight was sent in a script: should Redis not know that any more, a later append would overtake it. */
+  private alone = false;
   private startPublished = false;
   private routes: string[] = []; // as they were when they were last asked for
   private routesMs = 0;
@@ -175,7 +177,7 @@ export class AnswerWriter {
 
   /** Whether there is text to append now: whole frames follow each other, less than that waits for the one before. */
   private canTake(): boolean {
-    if (!this.opened && this.inFlight > 0) return false;
+    if ((!this.opened || this.alone) && this.inFlight > 0) return false;
     return this.wholeFrames.length > 0
       ? this.inFlight < MOST_IN_FLIGHT
       : this.pending !== '' && this.inFlight === 0;
@@ -282,7 +284,8 @@ export class AnswerWriter {
     this.scheduled = false;
     if (this.fenced || this.mending || this.ended) return null;
     const opening = !this.opened;
-    if (opening ? this.inFlight > 0 : !this.hasText) return null;
+    if (this.inFlight > 0 && (opening || this.alone)) return null;
+    if (!opening && !this.hasText) return null;
     const text = this.hasText ? this.takeText() : null;
     this.inFlight++;
     if (this.wholeFrames.length > 0 && this.canTake()) this.schedule();
@@ -309,12 +312,27 @@ export class AnswerWriter {
     return { node: this.routes[0]!, frames };
   }
 
+  /** The one node that wants the frame `seq`, which was just taken, when all before it are out; else null. */
+  loneRoute(seq: number): string | null {
+    const { routes } = this;
+    const isNext = this.startPublished && this.publishedSeq === seq - 1 && this.inFlight === 1;
+    return isNext && routes.length === 1 && this.wholeFrames.length === 0 ? routes[0]! : null;
+  }
+
+  /** Its frame, for a script that stores and publishes it. Nothing else of this answer is sent meanwhile. */
+  takeFrame(seq: number): ReplyLines {
+    this.alone = true;
+    return this.textLines(seq);
+  }
+
   /**
    * @param routes as Redis has them now; undefined when it was not asked
-   * @param published the frames went out in the same step
+   * @param published the frames went out in the same step, to those who were known to want them
    */
   stored(seq: number, routes: string | null | undefined, published = false): void {
+    const known = this.routes;
     this.inFlight--;
+    this.alone = false;
     this.opened = true;
     this.lastAppendMs = Date.now();
     if (published) {
@@ -322,7 +340,12 @@ export class AnswerWriter {
       this.publishedSeq = seq;
     }
     if (!this.mending && !this.fenced) {
-      if (routes !== undefined) this.routes = splitRoutes(routes ?? '');
+      if (routes !== undefined) {
+        this.routes = splitRoutes(routes ?? '');
+        if (published)
+          for (const node of this.routes)
+            if (!known.includes(node)) this.parts.appender.publish(node, this.textLines(seq));
+      }
       this.publishStart(this.routes, '');
       this.publishTexts(this.routes, seq);
     }
@@ -333,6 +356,7 @@ export class AnswerWriter {
   /** @param error null: the log is gone, or this is no first attempt */
   refused(seq: number, error: Error | null): void {
     this.inFlight--;
+    this.alone = false;
     if (!this.opened && error === null) {
       this.stale = true;
       this.setFenced();

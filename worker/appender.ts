@@ -1,6 +1,6 @@
 import type { GenerationStore } from '../shared/generation-store.ts';
 import type { Keys } from '../shared/keys.ts';
-import type { Command, RedisConnection } from '../shared/redis.ts';
+import type { Command, RedisConnection, Reply } from '../shared/redis.ts';
 import { publishCommands, type ReplyLines } from '../shared/reply-stream.ts';
 import type { AnswerWriter } from './answer-writer.ts';
 
@@ -11,7 +11,8 @@ import type { AnswerWriter } from './answer-writer.ts';
  *
  * Publishing waits for the log (unlike a blind pipeline of both): a worker that was replaced never shows a client
  * a frame that the log refused, and a frame goes to the routes of the last ROUTES_MS, not to those of its beginning. It costs one round trip
- * of latency, and saves a command per answer and turn.
+ * of latency, and saves a command per answer and turn. Where few answers have text in a turn, the round trip is what
+ * costs, for this worker and for Redis: there a script appends and publishes in one step.
  */
 export interface Appender {
   /** Has this writer's text appended at the end of this event-loop turn. */
@@ -27,6 +28,9 @@ export interface Appender {
 const MOST_PUBLISHED = 4;
 /** Answers whose appends travel together: what a turn has for more of them is published in parts, as Redis has them. */
 const BATCH = 64;
+/** In a turn with no more answers than this, what they append is published by the script that appends it. */
+const MOST_TOGETHER = 16;
+const TOGETHER_UNITS = 16_384; // of their text, so that it fits into one entry
 const AWAY_MS = 20; // between looks whether Redis is back
 
 interface Append {
@@ -34,6 +38,14 @@ interface Append {
   seq: number;
   opening: boolean;
   asks: boolean;
+}
+
+/** What one script appends and publishes. */
+interface Together {
+  appends: Append[];
+  logs: { log: string; id: string; text: string }[];
+  frames: ReplyLines[];
+  units: number;
 }
 
 export function createAppender({
@@ -76,12 +88,14 @@ export function createAppender({
     const published: Command[] = [];
     for (const [node, list] of frames) published.push(...publishCommands(keys, node, list));
     if (published.length > 0) send(published, []); // a lost publish is not repeated: gateways heal it from the log
+    const together = !redis.isCluster && writers.length <= MOST_TOGETHER ? new Map<string, Together>() : null;
     for (let from = 0; from < writers.length; from += BATCH)
-      append(writers.slice(from, from + BATCH), publishes);
+      append(writers.slice(from, from + BATCH), publishes, together);
+    if (together) for (const [node, one] of together) sendTogether(node, one);
     settle();
   }
 
-  function append(writers: AnswerWriter[], publishes: boolean) {
+  function append(writers: AnswerWriter[], publishes: boolean, together: Map<string, Together> | null) {
     const commands: Command[] = [];
     const appends: Append[] = [];
     const now = Date.now();
@@ -89,6 +103,8 @@ export function createAppender({
       const taken = writer.take(now);
       if (!taken) continue;
       const { seq, text, opening, asks } = taken;
+      const node = together && !opening ? writer.loneRoute(seq) : null;
+      if (node !== null && joins(together!, node, writer, seq, text!, asks)) continue;
       appends.push({ writer, seq, opening, asks });
       if (opening)
         commands.push(store.openFirstCommand(writer.attempt, text, publishes ? writer.firstFrames() : null));
@@ -98,24 +114,85 @@ export function createAppender({
     if (commands.length > 0) send(commands, appends);
   }
 
+  /** Adds to what is stored and published for a node in one step; false when that would get too large. */
+  function joins(
+    together: Map<string, Together>,
+    node: string,
+    writer: AnswerWriter,
+    seq: number,
+    text: string,
+    asks: boolean,
+  ): boolean {
+    let one = together.get(node);
+    if (!one) {
+      one = { appends: [], logs: [], frames: [], units: 0 };
+      together.set(node, one);
+    }
+    if (one.units + text.length > TOGETHER_UNITS) return false;
+    one.units += text.length;
+    one.appends.push({ writer, seq, opening: false, asks });
+    one.logs.push({ log: writer.logKey, id: writer.idOf(seq), text });
+    one.frames.push(writer.takeFrame(seq));
+    return true;
+  }
+
+  function sendTogether(node: string, { appends, logs, frames }: Together) {
+    if (appends.length === 0) return;
+    const commands = [store.appendAndPublishCommand(node, logs, frames)];
+    for (const { writer, asks } of appends) if (asks) commands.push(store.routesCommand(writer.attempt));
+    exchange(commands, ([first, ...asked]) => {
+      const [error, reply] = first!;
+      const { published, taken } = error ? { published: false, taken: [] } : store.readAppended(reply);
+      let index = 0;
+      appends.forEach(({ writer, seq, asks }, place) => {
+        const one = error ?? taken[place]!;
+        settleAppend(
+          writer,
+          seq,
+          [one instanceof Error ? one : null, one],
+          asks ? asked[index++]! : null,
+          published,
+        );
+      });
+    });
+  }
+
   function send(commands: Command[], appends: Append[]) {
+    exchange(commands, (replies) => {
+      let index = 0;
+      for (const { writer, seq, opening, asks } of appends) {
+        const reply = replies[index++]!;
+        const [error, taken] = reply;
+        const opened = opening && !error ? store.readOpened(taken) : null; // it answers with the routes
+        if (opened) settleAppend(writer, seq, reply, [null, opened.routes], opened.published);
+        else settleAppend(writer, seq, reply, asks ? replies[index++]! : null, false);
+      }
+    });
+  }
+
+  /** @param asked the routes, when it was asked for them */
+  function settleAppend(
+    writer: AnswerWriter,
+    seq: number,
+    [error, taken]: Reply,
+    asked: Reply | null,
+    published: boolean,
+  ) {
+    if (error || asked?.[0] || taken === null) {
+      writer.refused(seq, error ?? asked?.[0] ?? null);
+      return;
+    }
+    if (seq > 0) tokens++;
+    writer.stored(seq, asked ? (asked[1] as string | null) : undefined, published);
+  }
+
+  function exchange(commands: Command[], onReplies: (replies: Reply[]) => void) {
     underWay++;
     const sent = redis.batch(commands);
     redis.flush(); // Redis gets to work while the rest is put together
     sent.then((replies) => {
       underWay--;
-      let index = 0;
-      for (const { writer, seq, opening, asks } of appends) {
-        const [error, taken] = replies[index++]!;
-        const [routesError, routes] = asks ? replies[index++]! : [null, undefined];
-        if (error || routesError || taken === null) {
-          writer.refused(seq, error ?? routesError);
-          continue;
-        }
-        if (seq > 0) tokens++;
-        const opened = opening ? store.readOpened(taken) : null; // it answers with the routes
-        writer.stored(seq, opened ? opened.routes : (routes as string | null | undefined), opened?.published);
-      }
+      onReplies(replies);
       settle();
     });
   }

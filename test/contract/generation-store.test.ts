@@ -394,6 +394,43 @@ test('the step that begins a first attempt publishes its frames, unless somebody
   assert.equal(await redis.client.exists(keys.replies('n1')), 0, 'a node that is gone gets no key');
 });
 
+test('one step appends to several logs and publishes, but nothing when one of them refuses', async () => {
+  const user = nextUser();
+  await redis.client.xadd(keys.replies('n1'), '*', '-', 'opened');
+  const names = ['a', 'b', 'gone'];
+  for (const name of names) {
+    await admit(user, name);
+    await openFirst(expected(user, name), 'first');
+  }
+  const both = async (id: string, wanted: string[]) => {
+    const appends = wanted.map((name) => ({ log: keys.log(user, name), id, text: `${name} ${id}` }));
+    const [reply] = await redis.batch([
+      store.appendAndPublishCommand(
+        'n1',
+        appends,
+        wanted.map((name) => `${name} ${id}\n{}\n`),
+      ),
+    ]);
+    return store.readAppended(reply![1]);
+  };
+  const before = await redis.client.xlen(keys.replies('n1'));
+  assert.deepEqual(await both('1-2', ['a', 'b']), { published: true, taken: [1, 1] });
+  assert.deepEqual((await redis.client.xrange(keys.replies('n1'), '-', '+')).at(-1)![1], [
+    'frames',
+    'a 1-2\n{}\nb 1-2\n{}\n',
+  ]);
+  await redis.client.del(keys.log(user, 'gone'));
+  assert.deepEqual(await both('1-3', ['a', 'gone', 'b']), { published: false, taken: [1, null, 1] });
+  const again = await both('1-3', ['a', 'b']);
+  assert.equal(again.published, false);
+  for (const one of again.taken) assert.match((one as Error).message, /equal or smaller/);
+  assert.equal(await redis.client.xlen(keys.replies('n1')), before + 1);
+  assert.deepEqual(await ids(user, 'a'), ['1-0', '1-1', '1-2', '1-3']);
+  await redis.client.del(keys.replies('n1'));
+  assert.deepEqual(await both('1-4', ['a', 'b']), { published: true, taken: [1, 1] });
+  assert.equal(await redis.client.exists(keys.replies('n1')), 0, 'a node that is gone gets no key');
+});
+
 test('what is no first attempt neither begins nor ends as one, and nothing is changed', async () => {
   const user = nextUser();
   const refused = async (messageId: string) => {

@@ -1,0 +1,164 @@
+import assert from 'node:assert/strict';
+import { mkdtempSync, rmSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { after, before, test } from 'node:test';
+import pino from 'pino';
+import { startRedisServer } from '../../infra/redis-server.ts';
+import { createGenerationStore, type GenerationStore, ROUTES_MS } from '../../shared/generation-store.ts';
+import { createKeys } from '../../shared/keys.ts';
+import { createRedis, type RedisConnection } from '../../shared/redis.ts';
+import { readEntry } from '../../shared/reply-stream.ts';
+import { AnswerWriter } from '../../worker/answer-writer.ts';
+import { type Appender, createAppender } from '../../worker/appender.ts';
+
+/** From a worker's text to its log and to the reply stream, against a real Redis. */
+
+let redis: RedisConnection;
+let store: GenerationStore;
+let appender: Appender;
+let stopServer: () => Promise<void>;
+const keys = createKeys('chat:');
+const user = 'u';
+
+before(async () => {
+  const dir = mkdtempSync(join(tmpdir(), 'rivulet-appender-'));
+  const server = await startRedisServer({ dir });
+  redis = createRedis({ url: server.url, name: 'appender', hot: true });
+  await redis.connected();
+  store = createGenerationStore({ redis, keys, retentionMs: 60_000, compactAfterMs: 30_000 });
+  appender = createAppender({ redis, keys, store });
+  for (const node of ['n1', 'n2']) await redis.client.xadd(keys.replies(node), '*', 'opened', node);
+  stopServer = async () => {
+    await redis.close();
+    await server.stop();
+    rmSync(dir, { recursive: true, force: true });
+  };
+});
+after(() => stopServer());
+
+async function write(messageId: string): Promise<AnswerWriter> {
+  await store.admit({
+    user,
+    messageId,
+    node: 'n1',
+    payload: { contents: 'hi' },
+    userActiveLimit: 1_000,
+    quotaPerDay: 0,
+    queueLimit: 1_000,
+  });
+  const attempt = { user, messageId, attempt: 1, worker: 'w', node: 'n1', entry: '1-1' };
+  const writer = new AnswerWriter(attempt, {
+    store,
+    appender,
+    logger: () => pino({ level: 'silent' }),
+    onFenced() {},
+    signal: new AbortController().signal,
+  });
+  writer.expect('n1');
+  await writer.settled();
+  return writer;
+}
+
+/** Every frame of an answer that a node was sent, as `id text`, in order. */
+async function published(node: string, messageId: string): Promise<string[]> {
+  const seen: string[] = [];
+  for (const [, fields] of await redis.client.xrange(keys.replies(node), '-', '+'))
+    if (fields[0] !== 'opened')
+      readEntry(fields, (address, frame) => {
+        const [, message, , id] = address.split(' ');
+        if (message === messageId) seen.push(`${id} ${JSON.parse(frame).text ?? ''}`);
+      });
+  return seen;
+}
+
+async function logged(messageId: string): Promise<string[]> {
+  const { entries } = await store.readLog(user, messageId, '');
+  return entries.map(({ id, frame }) => `${id} ${JSON.parse(frame).text ?? ''}`);
+}
+
+const calls = async (command: string) => {
+  const stats = await redis.client.info('commandstats');
+  return Number(new RegExp(`cmdstat_${command}:calls=(\\d+)`).exec(stats)?.[1] ?? 0);
+};
+
+/** Says a word in each, and waits until it is stored. */
+async function sayAll(writers: AnswerWriter[], word: string): Promise<void> {
+  for (const writer of writers) writer.push(word);
+  for (const writer of writers) await writer.settled();
+}
+
+test('few answers or many: the log and the reply stream hold the same frames, each once and in order', async () => {
+  for (const count of [1, 3, 16, 17, 80]) {
+    const names = Array.from({ length: count }, (_, index) => `same-${count}-${index}`);
+    const writers = await Promise.all(names.map(write));
+    for (const word of ['one', ' two', ' \u{1f980} three']) await sayAll(writers, word);
+    await appender.flushed();
+    for (const name of names) {
+      const frames = await logged(name);
+      assert.equal(frames.length, 4, name);
+      assert.deepEqual(await published('n1', name), frames);
+    }
+  }
+});
+
+test('what few answers say takes one step', async () => {
+  const writers = [await write('step-1'), await write('step-2'), await write('step-3')];
+  await appender.flushed();
+  const before = await calls('evalsha');
+  await sayAll(writers, 'together');
+  assert.equal(await calls('evalsha'), before + 1);
+  assert.deepEqual(await published('n1', 'step-3'), ['1-0 ', '1-1 together']);
+});
+
+test('one that was replaced is fenced and shows nothing; the others of its step lose nothing', async () => {
+  const writers = [await write('kept-1'), await write('replaced'), await write('kept-2')];
+  await sayAll(writers, 'one');
+  await store.begin({
+    user,
+    messageId: 'replaced',
+    node: 'n1',
+    entry: '1-1',
+    worker: 'v',
+    maxTries: 5,
+    leaseMs: 0,
+  });
+  await sayAll(writers, ' two');
+  await appender.flushed();
+  assert.deepEqual(
+    writers.map((writer) => writer.fenced),
+    [false, true, false],
+  );
+  assert.deepEqual(await published('n1', 'replaced'), ['1-0 ', '1-1 one']);
+  for (const name of ['kept-1', 'kept-2'])
+    assert.deepEqual(await published('n1', name), ['1-0 ', '1-1 one', '1-2  two']);
+});
+
+test('a Redis that has forgotten its scripts takes everything, in order', async () => {
+  const writer = await write('forgotten');
+  await sayAll([writer], 'one');
+  await redis.client.script('FLUSH');
+  writer.push(' two');
+  await new Promise(setImmediate); // it is under way now
+  writer.push(' three '.repeat(10_000)); // whole frames, which do not wait for each other
+  await writer.settled();
+  await appender.flushed();
+  const frames = await logged('forgotten');
+  assert.equal(
+    frames.map((frame) => frame.slice(frame.indexOf(' ') + 1)).join(''),
+    `one two${' three '.repeat(10_000)}`,
+  );
+  assert.deepEqual(await published('n1', 'forgotten'), frames);
+});
+
+test('a node that has come gets the frames from the moment that it is seen', async () => {
+  const writer = await write('second-node');
+  await sayAll([writer], 'one');
+  await store.attach(user, 'second-node', 'n2', '');
+  await new Promise((resolve) => setTimeout(resolve, ROUTES_MS + 20));
+  await sayAll([writer], ' two');
+  await sayAll([writer], ' three');
+  await appender.flushed();
+  assert.deepEqual(await published('n1', 'second-node'), ['1-0 ', '1-1 one', '1-2  two', '1-3  three']);
+  assert.deepEqual(await published('n2', 'second-node'), ['1-2  two', '1-3  three']);
+});
