@@ -88,7 +88,7 @@ export type Finished =
   | { state: 'fenced' }
   /** It had not begun, and is no first attempt. */
   | { state: 'stale' }
-  | { state: 'behind'; top: string };
+  | { state: 'behind' };
 
 export type Cancelled =
   | { state: 'unknown' }
@@ -159,8 +159,8 @@ export function createGenerationStore({
       else
         [admitted, queued] = (await redis.script(
           'admit_and_enqueue',
-          [...recordKeys, keys.requests(options.node), keys.retries(options.node), ...doorKeys],
-          [user, options.queueLimit, options.trace ?? '', REQUEST_PAYLOAD_BYTES, ...record],
+          [...recordKeys, ...doorKeys, keys.requests(options.node), keys.retries(options.node)],
+          [...record, options.queueLimit, user, options.trace ?? '', REQUEST_PAYLOAD_BYTES],
         )) as [unknown, [number, number?]?];
       const [state, status, node] = admitted as [string, GenerationStatus?, string?];
       switch (state) {
@@ -196,7 +196,7 @@ export function createGenerationStore({
         redis.script(
           'attach',
           [keys.generation(user, messageId), keys.log(user, messageId)],
-          [node, after, ATTACH_PAGE],
+          [node, after, ATTACH_PAGE, retentionMs - logMs],
         ),
       )) as [string, ...unknown[]];
       if (reply[0] === 'unknown') return { state: 'unknown' };
@@ -478,14 +478,15 @@ export function createGenerationStore({
         retentionMs,
         begun ? 0 : 1,
         logMs,
-        ...(textBefore === null ? [] : [textBefore]),
+        textBefore === null ? 0 : 1,
+        textBefore ?? '',
       ];
       const together = !redis.isCluster;
       const reply = (await (together
         ? redis.script(
             'finish_and_ack',
-            [keys.requests(attempt.node), ...recordKeys],
-            [GROUP, attempt.entry, ...end],
+            [...recordKeys, keys.requests(attempt.node)],
+            [...end, GROUP, attempt.entry],
           )
         : redis.script('finish', recordKeys, end))) as [string, string?];
       switch (reply[0]) {
@@ -496,7 +497,7 @@ export function createGenerationStore({
             acknowledged: together,
           };
         case 'behind':
-          return { state: 'behind', top: reply[1] ?? '' };
+          return { state: 'behind' };
         case 'stale':
           return { state: 'stale' };
         default:

@@ -29,10 +29,10 @@ if most >= 0 then
   local used = quota[1] == tostring(day) and tonumber(quota[2]) or 0
   if used >= most then return { 'quota_exhausted', (day + 1) * 86400000 - now } end
   redis.call('HSET', KEYS[3], 'day', day, 'used', used + 1)
-  redis.call('PEXPIRE', KEYS[3], 172800000)
+  redis.call('PEXPIRE', KEYS[3], '172800000')
   redis.call('HSET', KEYS[1], 'quota', day) -- counted: `finish` gives it back if this fails
 end
-redis.call('HSET', KEYS[1], 'status', 'queued', 'attempt', 0, 'tries', 0, 'node', ARGV[2], 'routes', ARGV[2],
+redis.call('HSET', KEYS[1], 'status', 'queued', 'attempt', '0', 'tries', '0', 'node', ARGV[2], 'routes', ARGV[2],
   'payload', ARGV[3])
 redis.call('PEXPIRE', KEYS[1], ARGV[6])
 redis.call('HSET', KEYS[2], ARGV[1], ARGV[4])

@@ -3,16 +3,13 @@
 -- @include forget
 -- Admission in one step, where one server holds both slots: the record, then the request, and neither without the
 -- other.
--- KEYS: 1 record, 2 the user's open generations, 3 requests, 4 retries, then what admit.lua takes beyond its second
--- ARGV: 1 user, 2 bound of the queue, 3 trace context or '', 4 most bytes of a payload that goes with the request,
---       then what admit.lua takes
+-- KEYS: 1 to 4 as admit.lua takes them, 5 requests, 6 retries
+-- ARGV: 1 to 8 as admit.lua takes them, 9 bound of the queue, 10 user, 11 trace context or '', 12 most bytes of a payload
+--       that goes with the request
 -- Returns {what admit.lua returns} or, when it was created, {that, what enqueue.lua returns}
-local recordKeys, admitArguments = { KEYS[1], KEYS[2] }, {}
-for i = 5, #KEYS do recordKeys[i - 2] = KEYS[i] end
-for i = 5, #ARGV do admitArguments[i - 4] = ARGV[i] end
-local admitted = admit(recordKeys, admitArguments)
+local admitted = admit(KEYS, ARGV)
 if admitted[1] ~= 'created' then return { admitted } end
-local payload = #admitArguments[3] <= tonumber(ARGV[4]) and admitArguments[3] or ''
-local queued = enqueue({ KEYS[3], KEYS[4] }, { ARGV[2], ARGV[1], admitArguments[1], ARGV[3], payload })
-if queued[1] < 0 then forget(recordKeys, { admitArguments[1] }) end
+local payload = #ARGV[3] <= tonumber(ARGV[12]) and ARGV[3] or ''
+local queued = enqueue({ KEYS[5], KEYS[6] }, { ARGV[9], ARGV[10], ARGV[1], ARGV[11], payload })
+if queued[1] < 0 then forget(KEYS, ARGV) end
 return { admitted, queued }

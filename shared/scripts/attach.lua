@@ -1,15 +1,17 @@
 -- Routes the frames of a generation to a node and reads its log, in one step: every frame is then either in
 -- what was read or is sent to that node.
--- KEYS: 1 record, 2 log   ARGV: 1 node, 2 id that the client last saw or '', 3 most entries
+-- KEYS: 1 record, 2 log
+-- ARGV: 1 node, 2 id that the client last saw or '', 3 most entries, 4 life in ms that a record has left when its log goes
 -- Returns {'unknown'}
 --       | {'whole', status, attempt, text, id of the last token or '', terminal frame (JSON), 1 when it ended just now}
 --       | {'log', status, recovered 0|1, home node, entries}
 local record = redis.call('HMGET', KEYS[1], 'status', 'attempt', 'node', 'routes', 'text', 'last', 'terminal',
-  'fresh')
+  'whole')
 local status = record[1]
 if not status then return { 'unknown' } end
 if record[5] and redis.call('EXISTS', KEYS[2]) == 0 then
-  local fresh = record[8] and redis.call('TIME')[1] * 1000 < tonumber(record[8])
+  -- One that never had a log counts as one that has it for as long.
+  local fresh = record[8] and redis.call('PTTL', KEYS[1]) > tonumber(ARGV[4])
   return { 'whole', status, record[2], record[5], record[6], record[7], fresh and 1 or 0 }
 end
 if status == 'queued' or status == 'running' then

@@ -9,11 +9,11 @@
 -- Returns {routes, whether they were published 0|1}, or nil, with nothing changed, when this is not a first attempt:
 --       it is for begin.lua to say what it is
 local record = redis.call('HMGET', KEYS[1], 'status', 'attempt', 'routes')
-if record[1] ~= 'queued' or record[2] ~= '0' or redis.call('EXISTS', KEYS[2]) == 1 then return false end
+if record[1] ~= 'queued' or record[2] ~= '0' then return false end
+if type(redis.pcall('XADD', KEYS[2], '1-0', 'start', '1')) ~= 'string' then return false end -- there is a log
 local time = redis.call('TIME')
-redis.call('HSET', KEYS[1], 'status', 'running', 'attempt', 1, 'tries', 1, 'owner', ARGV[2], 'entry', ARGV[1],
-  'beat', time[1] * 1000 + math.floor(time[2] / 1000))
-redis.call('XADD', KEYS[2], '1-0', 'start', 1)
+redis.call('HSET', KEYS[1], 'status', 'running', 'attempt', '1', 'tries', '1', 'owner', ARGV[2], 'entry', ARGV[1],
+  'beat', string.format('%d', time[1] * 1000 + math.floor(time[2] / 1000)))
 if ARGV[4] == '1' then redis.call('XADD', KEYS[2], '1-1', 'token', ARGV[5]) end
 redis.call('PEXPIRE', KEYS[2], ARGV[3])
 local routes, published = record[3] or '', 0
