@@ -90,6 +90,8 @@ export class Connection {
   private socket: WebSocket<UserData> | null = null;
   private outbox: string[] | null = null;
   private queuedBytes = 0;
+  /** What uWS holds for it, as it was last asked: after every write, and when that gets less. */
+  private unsentBytes = 0;
   lastSeenMs = Date.now();
   private readonly server: { dirty(connection: Connection, soon: boolean): void };
   private request: UpgradeRequest | null;
@@ -105,7 +107,7 @@ export class Connection {
 
   /** True while so much is unsent that streams should pause. */
   get slow(): boolean {
-    return this.socket !== null && this.queuedBytes + this.socket.getBufferedAmount() > SLOW_BYTES;
+    return this.socket !== null && this.queuedBytes + this.unsentBytes > SLOW_BYTES;
   }
 
   /**
@@ -143,6 +145,11 @@ export class Connection {
     this.outbox = null;
   }
 
+  drained(): void {
+    this.unsentBytes = this.socket?.getBufferedAmount() ?? 0;
+    this.peer?.onDrain();
+  }
+
   ping(payload = ''): void {
     this.socket?.ping(payload);
   }
@@ -158,8 +165,9 @@ export class Connection {
       socket.cork(() => {
         for (const text of outbox) sendText(socket, text);
       });
-    if (maxBufferedBytes > 0 && socket.getBufferedAmount() > maxBufferedBytes)
-      socket.end(slowCode, 'too far behind');
+    if (maxBufferedBytes === 0) return; // it is being closed
+    this.unsentBytes = socket.getBufferedAmount();
+    if (this.unsentBytes > maxBufferedBytes) socket.end(slowCode, 'too far behind');
     else if (wasSlow && !this.slow) this.peer?.onDrain(); // all of it has left at once: uWS tells of no drain then
   }
 }
@@ -375,7 +383,7 @@ export function listen(
       }
     },
     drain(socket) {
-      socket.getUserData().connection.peer?.onDrain();
+      socket.getUserData().connection.drained();
     },
     ping(socket) {
       socket.getUserData().connection.lastSeenMs = Date.now();

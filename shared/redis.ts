@@ -3,7 +3,7 @@ import { readdirSync, readFileSync } from 'node:fs';
 import { setTimeout as delay } from 'node:timers/promises';
 import { Cluster, Redis, type RedisOptions } from 'ioredis';
 import type { Logger } from 'pino';
-import { createTurnPipeline } from './turn-pipeline.ts';
+import { createTurnPipeline, type Outcome } from './turn-pipeline.ts';
 
 /**
  * The only place that opens Redis connections. What it adds to ioredis:
@@ -39,6 +39,8 @@ export interface RedisConnection {
   scriptCommand(name: ScriptName, keys: string[], args: (string | number)[]): Command;
   /** Sends the commands in order, in one round trip where they share a server. Never rejects as a whole. */
   batch(commands: Command[]): Promise<Reply[]>;
+  /** The same for commands of which only the outcome matters, not for scripts. */
+  outcomes(commands: Command[]): Promise<Outcome[]>;
   /** One command, in the same line as scripts and batches. */
   send(command: Command): Promise<unknown>;
   /** Sends now what waits for the end of this event-loop turn. */
@@ -373,6 +375,10 @@ export function createRedis(options: RedisConnectionOptions): RedisConnection {
       });
       const sent = sendAll(commands);
       return scripted.size > 0 ? sent.then((replies) => resend(replies, scripted)) : sent;
+    },
+    outcomes(commands) {
+      if (pipeline) return pipeline.outcomes(commands);
+      return sendAll(commands).then((replies) => replies.map(([error, value]) => error ?? value !== null));
     },
     async blocked(blockMs, read) {
       busyUntil = Date.now() + blockMs;

@@ -61,8 +61,18 @@ export class CommandBuffer {
       }
       this.length = before;
     }
-    this.head(36, Buffer.byteLength(text));
-    this.length += this.bytes.write(text, this.length);
+    // Written as if it were ASCII, which it mostly is: counting its bytes first would be another pass over it.
+    const before = this.length;
+    this.head(36, length);
+    const from = this.length;
+    const written = this.bytes.write(text, from);
+    if (written !== length) {
+      const more = String(written).length - String(length).length; // digits
+      if (more > 0) this.bytes.copyWithin(from + more, from, from + written);
+      this.length = before;
+      this.head(36, written);
+    }
+    this.length += written;
     this.endLine();
   }
 
@@ -105,8 +115,12 @@ interface OpenArray {
  * Reads replies from chunks of any size. It keeps where it is, inside nested arrays too, so that no byte is parsed
  * twice, however a large reply is cut.
  * @param onReply called with each whole reply, in order
+ * @param isBare whether nobody reads the next reply: a string is then handed out as ''
  */
-export function createParser(onReply: (reply: RespValue) => void): { push(chunk: Buffer): void } {
+export function createParser(
+  onReply: (reply: RespValue) => void,
+  isBare: () => boolean = () => false,
+): { push(chunk: Buffer): void } {
   let buffer: Buffer = Buffer.alloc(0);
   let position = 0;
   /** Bytes of the bulk string that is being read, or -1. */
@@ -148,7 +162,8 @@ export function createParser(onReply: (reply: RespValue) => void): { push(chunk:
     for (;;) {
       if (bulk >= 0) {
         if (buffer.length - position < bulk + 2) return;
-        const value = buffer.toString('utf8', position, position + bulk);
+        const bare = open.length === 0 && isBare();
+        const value = bare ? '' : buffer.toString('utf8', position, position + bulk);
         position += bulk + 2;
         bulk = -1;
         complete(value);

@@ -13,12 +13,15 @@ import { CommandBuffer, createParser, RespError, type RespValue } from './resp.t
  */
 
 export type PipelineReply = [error: Error | null, value: unknown];
+export type Outcome = Error | boolean;
 export type PipelineCommand = readonly (string | number)[];
 
 export interface TurnPipeline {
   send(command: PipelineCommand): Promise<unknown>;
   /** Replies in order; never rejects. */
   batch(commands: readonly PipelineCommand[]): Promise<PipelineReply[]>;
+  /** What became of each, in order: its error, or whether the reply was more than nil. Never rejects. */
+  outcomes(commands: readonly PipelineCommand[]): Promise<Outcome[]>;
   /** Writes now what waits for the end of the turn. */
   flush(): void;
   close(): void;
@@ -27,12 +30,14 @@ export interface TurnPipeline {
 /** What waits for replies: one command, or several that are answered together. */
 interface Waiter {
   left: number;
+  /** Nobody reads what the strings say. */
+  bare: boolean;
   take(reply: RespValue): void;
   fail(error: Error): void;
 }
 
 const MOST_WAITING = 200_000; // commands without an answer; beyond it something is badly wrong
-const FLUSH_BYTES = 8_192; // Redis gets to work while the rest of a busy turn goes on here
+const FLUSH_BYTES = 32_768; // Redis gets to work while the rest of a busy turn goes on here
 
 export function createTurnPipeline(redis: Redis): TurnPipeline {
   let ready = false;
@@ -53,16 +58,19 @@ export function createTurnPipeline(redis: Redis): TurnPipeline {
     // of the next command would give one user's answer to another.
     const mark = randomUUID();
     let isOurs = false;
-    const parser = createParser((reply) => {
-      if (isOurs) {
-        answer(reply);
-        return;
-      }
-      if (reply !== mark) return;
-      isOurs = true;
-      ready = true;
-      flush();
-    });
+    const parser = createParser(
+      (reply) => {
+        if (isOurs) {
+          answer(reply);
+          return;
+        }
+        if (reply !== mark) return;
+        isOurs = true;
+        ready = true;
+        flush();
+      },
+      () => isOurs && waiters[head]?.bare === true,
+    );
     stream.removeAllListeners('data');
     stream.on('data', (chunk: Buffer) => {
       if (mine !== epoch) return;
@@ -146,6 +154,13 @@ export function createTurnPipeline(redis: Redis): TurnPipeline {
       enqueue(commands, waiter);
       return replies;
     },
+    outcomes(commands) {
+      const count = commands.length;
+      if (count === 0) return Promise.resolve([]);
+      const { waiter, outcomes } = awaitOutcomes(count);
+      enqueue(commands, waiter);
+      return outcomes;
+    },
     flush,
     close() {
       closed = true;
@@ -160,6 +175,7 @@ function awaitOne(): { waiter: Waiter; reply: Promise<unknown> } {
   const reply = new Promise((resolve, reject) => {
     waiter = {
       left: 1,
+      bare: false,
       take: (value) => (value instanceof RespError ? reject(value) : resolve(value)),
       fail: reject,
     };
@@ -173,6 +189,7 @@ function awaitAll(count: number): { waiter: Waiter; replies: Promise<PipelineRep
     const list: PipelineReply[] = [];
     waiter = {
       left: count,
+      bare: false,
       take(value) {
         list.push(value instanceof RespError ? [value, null] : [null, value]);
         if (list.length === count) resolve(list);
@@ -184,4 +201,24 @@ function awaitAll(count: number): { waiter: Waiter; replies: Promise<PipelineRep
     };
   });
   return { waiter, replies };
+}
+
+function awaitOutcomes(count: number): { waiter: Waiter; outcomes: Promise<Outcome[]> } {
+  let waiter!: Waiter;
+  const outcomes = new Promise<Outcome[]>((resolve) => {
+    const list: Outcome[] = [];
+    waiter = {
+      left: count,
+      bare: true,
+      take(value) {
+        list.push(value instanceof RespError ? value : value !== null);
+        if (list.length === count) resolve(list);
+      },
+      fail(error) {
+        while (list.length < count) list.push(error);
+        resolve(list);
+      },
+    };
+  });
+  return { waiter, outcomes };
 }

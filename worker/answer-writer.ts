@@ -276,11 +276,11 @@ export class AnswerWriter {
   // What the appender calls.
 
   /**
-   * What to append next, or null. `asks`: who wants it is to be asked too. `opening` begins the attempt and makes its log,
-   * with the first text if there is any (`seq` 0: none). Nothing else of this answer is sent meanwhile: were the log made
-   * late, a later frame could get in without the first.
+   * What to append next, or null. `opening` begins the attempt and makes its log, with the first text if there is any
+   * (`seq` 0: none). Nothing else of this answer is sent meanwhile: were the log made late, a later frame could get in
+   * without the first.
    */
-  take(now: number): { seq: number; text: string | null; opening: boolean; asks: boolean } | null {
+  take(): { seq: number; text: string | null; opening: boolean } | null {
     this.scheduled = false;
     if (this.fenced || this.mending || this.ended) return null;
     const opening = !this.opened;
@@ -289,9 +289,23 @@ export class AnswerWriter {
     const text = this.hasText ? this.takeText() : null;
     this.inFlight++;
     if (this.wholeFrames.length > 0 && this.canTake()) this.schedule();
-    const asks = !opening && now - this.routesMs >= ROUTES_MS;
-    if (asks || opening) this.routesMs = now; // the opening answers with them
-    return { seq: this.texts.length, text, opening, asks };
+    return { seq: this.texts.length, text, opening };
+  }
+
+  /** Whether it is time to ask who wants its frames; then `routed` is called with the answer. */
+  asksRoutes(now: number): boolean {
+    if (now - this.routesMs < ROUTES_MS) return false;
+    this.routesMs = now;
+    return this.opened; // what opens it answers with them
+  }
+
+  routed(routes: string | null): void {
+    const known = this.routes;
+    this.routes = splitRoutes(routes ?? '');
+    // What was stored before this was known has gone to the others only. It shows a new node that it lacks something.
+    if (this.inFlight > 0 || this.publishedSeq === 0) return;
+    for (const node of this.routes)
+      if (!known.includes(node)) this.parts.appender.publish(node, this.textLines(this.publishedSeq));
   }
 
   private takeText(): string {
@@ -299,7 +313,7 @@ export class AnswerWriter {
     if (text === undefined) {
       text = this.pending;
       this.pending = '';
-      this.bytes += Buffer.byteLength(text);
+      this.bytes += byteLength(text);
     }
     this.texts.push(text);
     return text;
@@ -325,29 +339,22 @@ export class AnswerWriter {
     return this.textLines(seq);
   }
 
-  /**
-   * @param routes as Redis has them now; undefined when it was not asked
-   * @param published the frames went out in the same step, to those who were known to want them
-   */
-  stored(seq: number, routes: string | null | undefined, published = false): void {
-    const known = this.routes;
+  /** @param publishedTo the node that the frames were sent to in the same step */
+  stored(seq: number, publishedTo: string | null, now: number): void {
     this.inFlight--;
     this.alone = false;
     this.opened = true;
-    this.lastAppendMs = Date.now();
-    if (published) {
+    this.lastAppendMs = now;
+    if (publishedTo !== null) {
       this.startPublished = true;
       this.publishedSeq = seq;
     }
     if (!this.mending && !this.fenced) {
-      if (routes !== undefined) {
-        this.routes = splitRoutes(routes ?? '');
-        if (published)
-          for (const node of this.routes)
-            if (!known.includes(node)) this.parts.appender.publish(node, this.textLines(seq));
-      }
       this.publishStart(this.routes, '');
       this.publishTexts(this.routes, seq);
+      if (publishedTo !== null && seq > 0)
+        for (const node of this.routes)
+          if (node !== publishedTo) this.parts.appender.publish(node, this.textLines(seq));
     }
     if (this.canTake()) this.schedule();
     this.notify();
@@ -431,4 +438,14 @@ export class AnswerWriter {
   private notify(): void {
     for (const resolve of this.waiters.splice(0)) resolve();
   }
+}
+
+const SHORT = 48; // below this a loop beats the native call
+
+/** Bytes of it as UTF-8. */
+function byteLength(text: string): number {
+  if (text.length > SHORT) return Buffer.byteLength(text);
+  for (let index = 0; index < text.length; index++)
+    if (text.charCodeAt(index) > 127) return Buffer.byteLength(text);
+  return text.length;
 }

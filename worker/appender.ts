@@ -1,6 +1,6 @@
 import type { GenerationStore } from '../shared/generation-store.ts';
 import type { Keys } from '../shared/keys.ts';
-import type { Command, RedisConnection, Reply } from '../shared/redis.ts';
+import type { Command, RedisConnection } from '../shared/redis.ts';
 import { publishCommands, type ReplyLines } from '../shared/reply-stream.ts';
 import type { AnswerWriter } from './answer-writer.ts';
 
@@ -36,8 +36,6 @@ const AWAY_MS = 20; // between looks whether Redis is back
 interface Append {
   writer: AnswerWriter;
   seq: number;
-  opening: boolean;
-  asks: boolean;
 }
 
 /** What one script appends and publishes. */
@@ -87,7 +85,10 @@ export function createAppender({
     const publishes = !redis.isCluster && opening <= MOST_PUBLISHED;
     const published: Command[] = [];
     for (const [node, list] of frames) published.push(...publishCommands(keys, node, list));
-    if (published.length > 0) send(published, []); // a lost publish is not repeated: gateways heal it from the log
+    // A lost publish is not repeated: gateways heal it from the log.
+    if (published.length > 0) settles(redis.outcomes(published), () => {});
+    redis.flush(); // Redis gets to work while the rest is put together
+    askRoutes(writers);
     const together = !redis.isCluster && writers.length <= MOST_TOGETHER ? new Map<string, Together>() : null;
     for (let from = 0; from < writers.length; from += BATCH)
       append(writers.slice(from, from + BATCH), publishes, together);
@@ -95,23 +96,61 @@ export function createAppender({
     settle();
   }
 
-  function append(writers: AnswerWriter[], publishes: boolean, together: Map<string, Together> | null) {
-    const commands: Command[] = [];
-    const appends: Append[] = [];
+  /** Before their appends, so that these are published to who is named. */
+  function askRoutes(writers: AnswerWriter[]) {
     const now = Date.now();
+    const asking = writers.filter((writer) => writer.asksRoutes(now));
+    if (asking.length === 0) return;
+    settles(redis.batch(asking.map((writer) => store.routesCommand(writer.attempt))), (replies) => {
+      asking.forEach((writer, index) => {
+        const [error, routes] = replies[index]!;
+        if (!error) writer.routed(routes as string | null);
+      });
+    });
+  }
+
+  function append(writers: AnswerWriter[], publishes: boolean, together: Map<string, Together> | null) {
+    const openings: Append[] = [];
+    const opens: Command[] = [];
+    const appends: Append[] = [];
+    const commands: Command[] = [];
     for (const writer of writers) {
-      const taken = writer.take(now);
+      const taken = writer.take();
       if (!taken) continue;
-      const { seq, text, opening, asks } = taken;
-      const node = together && !opening ? writer.loneRoute(seq) : null;
-      if (node !== null && joins(together!, node, writer, seq, text!, asks)) continue;
-      appends.push({ writer, seq, opening, asks });
-      if (opening)
-        commands.push(store.openFirstCommand(writer.attempt, text, publishes ? writer.firstFrames() : null));
-      else commands.push(store.appendCommand(writer.logKey, writer.idOf(seq), text!));
-      if (asks) commands.push(store.routesCommand(writer.attempt));
+      const { seq, text, opening } = taken;
+      if (opening) {
+        openings.push({ writer, seq });
+        opens.push(store.openFirstCommand(writer.attempt, text, publishes ? writer.firstFrames() : null));
+        continue;
+      }
+      const node = together ? writer.loneRoute(seq) : null;
+      if (node !== null && joins(together!, node, writer, seq, text!)) continue;
+      appends.push({ writer, seq });
+      commands.push(store.appendCommand(writer.logKey, writer.idOf(seq), text!));
     }
-    if (commands.length > 0) send(commands, appends);
+    if (opens.length > 0)
+      settles(redis.batch(opens), (replies, now) => {
+        openings.forEach(({ writer, seq }, index) => {
+          const [error, reply] = replies[index]!;
+          const opened = error ? null : store.readOpened(reply);
+          if (!opened) {
+            writer.refused(seq, error);
+            return;
+          }
+          writer.routed(opened.routes);
+          stored(writer, seq, opened.published ? opened.routes : null, now);
+        });
+      });
+    if (commands.length > 0)
+      settles(redis.outcomes(commands), (outcomes, now) => {
+        for (let index = 0; index < appends.length; index++) {
+          const { writer, seq } = appends[index]!;
+          const outcome = outcomes[index]!;
+          if (outcome === true) stored(writer, seq, null, now);
+          else writer.refused(seq, outcome || null);
+        }
+      });
+    redis.flush();
   }
 
   /** Adds to what is stored and published for a node in one step; false when that would get too large. */
@@ -121,7 +160,6 @@ export function createAppender({
     writer: AnswerWriter,
     seq: number,
     text: string,
-    asks: boolean,
   ): boolean {
     let one = together.get(node);
     if (!one) {
@@ -130,7 +168,7 @@ export function createAppender({
     }
     if (one.units + text.length > TOGETHER_UNITS) return false;
     one.units += text.length;
-    one.appends.push({ writer, seq, opening: false, asks });
+    one.appends.push({ writer, seq });
     one.logs.push({ log: writer.logKey, id: writer.idOf(seq), text });
     one.frames.push(writer.takeFrame(seq));
     return true;
@@ -138,61 +176,28 @@ export function createAppender({
 
   function sendTogether(node: string, { appends, logs, frames }: Together) {
     if (appends.length === 0) return;
-    const commands = [store.appendAndPublishCommand(node, logs, frames)];
-    for (const { writer, asks } of appends) if (asks) commands.push(store.routesCommand(writer.attempt));
-    exchange(commands, ([first, ...asked]) => {
-      const [error, reply] = first!;
+    settles(redis.batch([store.appendAndPublishCommand(node, logs, frames)]), ([only], now) => {
+      const [error, reply] = only!;
       const { published, taken } = error ? { published: false, taken: [] } : store.readAppended(reply);
-      let index = 0;
-      appends.forEach(({ writer, seq, asks }, place) => {
-        const one = error ?? taken[place]!;
-        settleAppend(
-          writer,
-          seq,
-          [one instanceof Error ? one : null, one],
-          asks ? asked[index++]! : null,
-          published,
-        );
+      appends.forEach(({ writer, seq }, index) => {
+        const one = error ?? taken[index]!;
+        if (one === 1) stored(writer, seq, published ? node : null, now);
+        else writer.refused(seq, one);
       });
     });
   }
 
-  function send(commands: Command[], appends: Append[]) {
-    exchange(commands, (replies) => {
-      let index = 0;
-      for (const { writer, seq, opening, asks } of appends) {
-        const reply = replies[index++]!;
-        const [error, taken] = reply;
-        const opened = opening && !error ? store.readOpened(taken) : null; // it answers with the routes
-        if (opened) settleAppend(writer, seq, reply, [null, opened.routes], opened.published);
-        else settleAppend(writer, seq, reply, asks ? replies[index++]! : null, false);
-      }
-    });
-  }
-
-  /** @param asked the routes, when it was asked for them */
-  function settleAppend(
-    writer: AnswerWriter,
-    seq: number,
-    [error, taken]: Reply,
-    asked: Reply | null,
-    published: boolean,
-  ) {
-    if (error || asked?.[0] || taken === null) {
-      writer.refused(seq, error ?? asked?.[0] ?? null);
-      return;
-    }
+  function stored(writer: AnswerWriter, seq: number, publishedTo: string | null, now: number) {
     if (seq > 0) tokens++;
-    writer.stored(seq, asked ? (asked[1] as string | null) : undefined, published);
+    writer.stored(seq, publishedTo, now);
   }
 
-  function exchange(commands: Command[], onReplies: (replies: Reply[]) => void) {
+  /** @param sent never rejects */
+  function settles<T>(sent: Promise<T>, then: (answer: T, now: number) => void) {
     underWay++;
-    const sent = redis.batch(commands);
-    redis.flush(); // Redis gets to work while the rest is put together
-    sent.then((replies) => {
+    void sent.then((answer) => {
       underWay--;
-      onReplies(replies);
+      then(answer, Date.now());
       settle();
     });
   }

@@ -2,13 +2,12 @@ import assert from 'node:assert/strict';
 import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { test } from 'node:test';
+import { type TestContext, test } from 'node:test';
 import { setImmediate as nextTurn } from 'node:timers/promises';
 import { startRedisServer } from '../../infra/redis-server.ts';
 import { createRedis } from '../../shared/redis.ts';
 
-/** The memory of commands is used again: not while the socket still holds them. */
-test('commands for a server that reads nothing for a while arrive as they were sent', async (t) => {
+async function connect(t: TestContext) {
   const dir = mkdtempSync(join(tmpdir(), 'rivulet-pipeline-'));
   const server = await startRedisServer({ dir });
   const redis = createRedis({ url: server.url, name: 'pipeline', hot: true });
@@ -18,6 +17,34 @@ test('commands for a server that reads nothing for a while arrive as they were s
     rmSync(dir, { recursive: true, force: true });
   });
   await redis.connected();
+  return { server, redis };
+}
+
+test('outcomes say what became of each command, beside others whose replies are read', async (t) => {
+  const { redis } = await connect(t);
+  const [before, outcomes, after] = await Promise.all([
+    redis.batch([['echo', 'before']]),
+    redis.outcomes([
+      ['xadd', 's', '5-0', 'field', 'value'],
+      ['xadd', 's', '4-0', 'field', 'value'],
+      ['xadd', 'none', 'NOMKSTREAM', '*', 'field', 'value'],
+      ['echo', ''],
+    ]),
+    redis.batch([['echo', 'after']]),
+  ]);
+  assert.deepEqual(before, [[null, 'before']]);
+  assert.match((outcomes[1] as Error).message, /equal or smaller/);
+  assert.deepEqual([outcomes[0], outcomes[2], outcomes[3]], [true, false, true]);
+  assert.deepEqual(after, [[null, 'after']]);
+  assert.deepEqual(await redis.outcomes([]), []);
+  await redis.close();
+  const [closed] = await redis.outcomes([['echo', '']]);
+  assert.ok(closed instanceof Error);
+});
+
+/** The memory of commands is used again: not while the socket still holds them. */
+test('commands for a server that reads nothing for a while arrive as they were sent', async (t) => {
+  const { server, redis } = await connect(t);
   const turns = 240;
   const perTurn = 10;
   const value = (index: number) => `${index} `.padEnd(8_000, index % 2 ? 'é' : 'e');

@@ -48,6 +48,20 @@ test('replies are read whole, however the bytes are cut', () => {
   );
 });
 
+test('of replies that nobody reads, strings are left out and nothing else', () => {
+  const values: RespValue[] = ['gone', null, 7, new RespError('ERR no'), ['kept', ['too']], '', 'gone'];
+  const bytes = Buffer.from(values.map(encodeReply).join(''));
+  for (const piece of [1, 3, bytes.length]) {
+    const replies: RespValue[] = [];
+    const parser = createParser(
+      (reply) => replies.push(reply),
+      () => true,
+    );
+    for (let from = 0; from < bytes.length; from += piece) parser.push(bytes.subarray(from, from + piece));
+    assert.deepEqual(replies, ['', null, 7, new RespError('ERR no'), ['kept', ['too']], '', '']);
+  }
+});
+
 test('a reply is read byte by byte, and a large one is not parsed twice', () => {
   const value: RespValue = ['status', ['1-0', ['token', 'né 😀\r\n$3\r\n']], null, -42, []];
   const bytes = Buffer.from(encodeReply(value));

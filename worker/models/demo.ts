@@ -104,18 +104,24 @@ class Recital implements AsyncGenerator<string, HandlerResult, undefined>, Waite
     resolve(next: Spoken): void;
     reject(reason: unknown): void;
   } | null = null;
-  private readonly onAbort = () => this.stop(this.signal.reason);
+  /** As `signal.aborted`, which costs as much as a word. */
+  private aborted: boolean;
+  private readonly onAbort = () => {
+    this.aborted = true;
+    this.stop(this.signal.reason);
+  };
 
   constructor(signal: AbortSignal, text: Text) {
     this.signal = signal;
     this.text = text;
+    this.aborted = signal.aborted;
     signal.addEventListener('abort', this.onAbort);
   }
 
   next(): Promise<Spoken> {
     const { index, text } = this;
     if (this.ended) return Promise.resolve(NOTHING_MORE);
-    if (this.signal.aborted || (index > 0 && index === text.count)) return this.leave();
+    if (this.aborted || (index > 0 && index === text.count)) return this.leave();
     const waitMs = text.waitMs(index);
     if (waitMs > 0 || (index > 0 && index % WORDS_PER_TURN === 0))
       return new Promise((resolve, reject) => {
