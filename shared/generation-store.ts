@@ -4,6 +4,7 @@ import type { ChatPayload, FinishReason, GenerationStatus, LogFrame, Usage } fro
 import { type Command, type RedisConnection, retrying } from './redis.ts';
 import { publishCommands, type ReplyLines } from './reply-stream.ts';
 import { GROUP, REQUEST_PAYLOAD_BYTES } from './request-queue.ts';
+import { quote } from './short-text.ts';
 
 /**
  * Records and logs of generations: *the log is the lock*.
@@ -632,19 +633,7 @@ export function tokenHead(messageId: string): string {
 
 /** A token frame. Ids hold nothing that JSON would escape, so only the text is encoded. */
 export function encodeToken(head: string, id: string, text: string): string {
-  return isPlain(text) ? `${head}${id}","text":"${text}"}` : `${head}${id}","text":${JSON.stringify(text)}}`;
-}
-
-const SHORT = 48; // below this a loop beats the native call
-
-/** Whether JSON leaves it as it is: short, and of ASCII that needs no escape. */
-function isPlain(text: string): boolean {
-  if (text.length > SHORT) return false;
-  for (let index = 0; index < text.length; index++) {
-    const unit = text.charCodeAt(index);
-    if (unit < 32 || unit > 126 || unit === 34 || unit === 92) return false;
-  }
-  return true;
+  return `${head}${id}","text":${quote(text)}}`;
 }
 
 /** A terminal frame from its type and its other fields as a JSON object. */

@@ -1,3 +1,5 @@
+import { SHORT } from './short-text.ts';
+
 /**
  * A lean RESP2 codec for the connections that carry tokens. It does what ioredis does in less time by leaving out
  * what these connections do not need: a promise, an object and a write for each command, key prefixes, reply
@@ -11,7 +13,6 @@ export class RespError extends Error {}
 
 const FIRST_BYTES = 32_768;
 const MOST_KEPT = 262_144; // memory that one busy turn needed is not kept for ever
-const SHORT = 48; // below this a loop beats the native call
 const CR = 13;
 const LF = 10;
 

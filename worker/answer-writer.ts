@@ -17,6 +17,7 @@ import {
 } from '../shared/generation-store.ts';
 import { isConnectionError } from '../shared/redis.ts';
 import { addressHead, encodeLines, type ReplyLines } from '../shared/reply-stream.ts';
+import { byteLength } from '../shared/short-text.ts';
 import type { Appender } from './appender.ts';
 
 /**
@@ -438,14 +439,4 @@ export class AnswerWriter {
   private notify(): void {
     for (const resolve of this.waiters.splice(0)) resolve();
   }
-}
-
-const SHORT = 48; // below this a loop beats the native call
-
-/** Bytes of it as UTF-8. */
-function byteLength(text: string): number {
-  if (text.length > SHORT) return Buffer.byteLength(text);
-  for (let index = 0; index < text.length; index++)
-    if (text.charCodeAt(index) > 127) return Buffer.byteLength(text);
-  return text.length;
 }

@@ -10,7 +10,11 @@
 --       it is for begin.lua to say what it is
 local record = redis.call('HMGET', KEYS[1], 'status', 'attempt', 'routes')
 if record[1] ~= 'queued' or record[2] ~= '0' then return false end
-if type(redis.pcall('XADD', KEYS[2], '1-0', 'start', '1')) ~= 'string' then return false end -- there is a log
+local opened = redis.pcall('XADD', KEYS[2], '1-0', 'start', '1')
+if type(opened) ~= 'string' then
+  if redis.call('EXISTS', KEYS[2]) == 1 then return false end
+  return opened -- the error
+end
 local time = redis.call('TIME')
 redis.call('HSET', KEYS[1], 'status', 'running', 'attempt', '1', 'tries', '1', 'owner', ARGV[2], 'entry', ARGV[1],
   'beat', string.format('%d', time[1] * 1000 + math.floor(time[2] / 1000)))
