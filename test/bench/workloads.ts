@@ -598,6 +598,7 @@ export const WORKLOADS: Workload[] = [
     [
       [10, 20],
       [1_000, 20],
+      [1_000, 40],
       [1_000, 500],
       [10_000, 500],
     ] as const
