@@ -145,7 +145,7 @@ export class AnswerWriter {
     );
   }
 
-  private textLines(seq: number): ReplyLines {
+  textLines(seq: number): ReplyLines {
     const id = this.idOf(seq);
     const frame = encodeToken(this.tokenHead, id, this.texts[seq - 1]!);
     return encodeLines(this.addressHead, this.idOf(seq - 1), id, 't', frame);
@@ -334,10 +334,9 @@ export class AnswerWriter {
     return isNext && routes.length === 1 && this.wholeFrames.length === 0 ? routes[0]! : null;
   }
 
-  /** Its frame, for a script that stores and publishes it. Nothing else of this answer is sent meanwhile. */
-  takeFrame(seq: number): ReplyLines {
+  /** What was just taken goes with a script: nothing else of this answer is sent meanwhile. */
+  goAlone(): void {
     this.alone = true;
-    return this.textLines(seq);
   }
 
   /** @param publishedTo the node that the frames were sent to in the same step */

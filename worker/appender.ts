@@ -30,7 +30,7 @@ const MOST_PUBLISHED = 4;
 const BATCH = 64;
 /** In a turn with no more answers than this, what they append is published by the script that appends it. */
 const MOST_TOGETHER = 16;
-const TOGETHER_UNITS = 16_384; // of their text, so that it fits into one entry
+const TOGETHER_UNITS = 16_384; // of their frames, so that they fit into one entry
 const AWAY_MS = 20; // between looks whether Redis is back
 
 interface Append {
@@ -166,11 +166,13 @@ export function createAppender({
       one = { appends: [], logs: [], frames: [], units: 0 };
       together.set(node, one);
     }
-    if (one.units + text.length > TOGETHER_UNITS) return false;
-    one.units += text.length;
+    const frame = writer.textLines(seq);
+    if (one.units + frame.length > TOGETHER_UNITS) return false;
+    writer.goAlone();
+    one.units += frame.length;
     one.appends.push({ writer, seq });
     one.logs.push({ log: writer.logKey, id: writer.idOf(seq), text });
-    one.frames.push(writer.takeFrame(seq));
+    one.frames.push(frame);
     return true;
   }
 

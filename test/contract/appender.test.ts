@@ -102,6 +102,19 @@ test('few answers or many: the log and the reply stream hold the same frames, ea
   }
 });
 
+test('texts that grow when they are encoded arrive whole too', async () => {
+  const names = ['grown-1', 'grown-2', 'grown-3', 'grown-4'];
+  const writers = await Promise.all(names.map(write));
+  await sayAll(writers, '\u0001'.repeat(4_000));
+  await sayAll(writers, '\u0001'.repeat(16_000));
+  await appender.flushed();
+  for (const name of names) {
+    const frames = await logged(name);
+    assert.equal(frames.length, 3);
+    assert.deepEqual(await published('n1', name), frames);
+  }
+});
+
 test('what few answers say takes one step', async () => {
   const writers = [await write('step-1'), await write('step-2'), await write('step-3')];
   await appender.flushed();
