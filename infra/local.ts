@@ -12,7 +12,7 @@ import { type Supervised, supervise } from './supervise.ts';
 
 /**
  * `npm start`: Redis, two gateways and an autoscaler with its workers on this machine, each a process of its own
- * that is started again when it dies. Everything written lands in `.rivulet` (setting `RIVULET_DIR`). Order up: lock, ports, Redis,
+ * that is started again when it dies. Everything written lands in `.rivulet` (setting `RIVULET_DIR`). Order up: ports, lock, Redis,
  * the rest together. Order down: gateways, workers, Redis, lock.
  */
 
@@ -195,7 +195,8 @@ function prepareFolder(folder: string, logs: string) {
   }
 }
 
-const TWO_AT_ONCE = 'RIVULET_DIR=/tmp/rivulet-2 PORT=9090 npm start';
+const explainSecond = (pid: number) =>
+  `Rivulet already runs from this folder (process ${pid}). Stop it with Ctrl-C there, or run a second one beside it: RIVULET_DIR=/tmp/rivulet-2 PORT=9090 npm start`;
 
 /** The ports of the two gateways, looked at before anything is started. */
 async function choosePorts(config: Config, folder: string): Promise<[number, number]> {
@@ -219,8 +220,10 @@ function explainPort(config: Config, port: number, error: NodeJS.ErrnoException,
     return `Port ${port} needs more rights than this user has. Choose one above 1023: PORT=9090 npm start`;
   if (error.code !== 'EADDRINUSE') return `Port ${port} cannot be opened: ${error.message}`;
   const run = readRunState(folder);
-  if (run?.gateways.some(({ url }) => url.endsWith(`:${port}`)))
-    return `Port ${port} is taken: Rivulet already runs from this folder (process ${run.pid}). Stop it with Ctrl-C there, or run a second one beside it: ${TWO_AT_ONCE}`;
+  if (run) {
+    const isOurs = run.gateways.some(({ url }) => url.endsWith(`:${port}`));
+    return `${isOurs ? `Port ${port} is taken: ` : ''}${explainSecond(run.pid)}`;
+  }
   const listener = findListener(port);
   const by = listener ? ` by process ${listener.pid} (${listener.command.slice(0, 80)})` : '';
   const why = port === config.PORT ? '' : ` The second gateway uses the port after ${config.PORT}.`;
@@ -239,9 +242,7 @@ function lock(folder: string): () => void {
     }
     const owner = readNumber(path);
     if (owner && owner !== process.pid && isProcessAlive(owner) && /local\.ts/.test(readCommand(owner) ?? ''))
-      throw new StartError(
-        `Rivulet already runs from this folder (process ${owner}). Stop it with Ctrl-C there, or run a second one beside it: ${TWO_AT_ONCE}`,
-      );
+      throw new StartError(explainSecond(owner));
     rmSync(path, { force: true }); // its owner crashed
   }
 }
