@@ -53,7 +53,7 @@ export function createAdmission(parts: {
     };
   }
 
-  /** Where the request is in its queue; appended again, on this node, if it is nowhere. */
+  /** Where the request is in its queue; appended again, on this node, if it is nowhere and its generation still open. */
   async function locate(
     user: string,
     messageId: string,
@@ -61,8 +61,8 @@ export function createAdmission(parts: {
   ): Promise<{ position: number; home: string }> {
     const position = await queue.find(home, user, messageId);
     if (position >= 0) return { position, home };
+    if (!(await store.moveHome(user, messageId, node))) return { position: 0, home }; // it has ended meanwhile
     log.warn({ user, messageId, home }, 'request was not in its stream; appending it again');
-    await store.moveHome(user, messageId, node);
     const appended = await retrying(() => queue.enqueue(node, user, messageId, Number.MAX_SAFE_INTEGER));
     return { position: appended.position, home: node };
   }

@@ -2,7 +2,7 @@ import type { ErrorCode } from './errors.ts';
 import type { Keys } from './keys.ts';
 import type { ChatPayload, FinishReason, GenerationStatus, LogFrame, Usage } from './protocol.ts';
 import { type Command, type RedisConnection, retrying } from './redis.ts';
-import { publishCommands, type ReplyLines } from './reply-stream.ts';
+import { publishArguments, type ReplyLines } from './reply-stream.ts';
 import { GROUP, REQUEST_PAYLOAD_BYTES } from './request-queue.ts';
 import { quote } from './short-text.ts';
 
@@ -255,9 +255,12 @@ export function createGenerationStore({
       return { entries: page.map((entry) => readEntry(messageId, entry)), more: page.length === most };
     },
 
-    /** Says whose request stream carries it from now on. */
-    async moveHome(user: string, messageId: string, node: string): Promise<void> {
-      await retrying(() => redis.script('move_home', [keys.generation(user, messageId)], [node]));
+    /** Says whose request stream carries it from now on. False when it is not open any more. */
+    async moveHome(user: string, messageId: string, node: string): Promise<boolean> {
+      const moved = await retrying(() =>
+        redis.script('move_home', [keys.generation(user, messageId)], [node]),
+      );
+      return moved === 1;
     },
 
     /** The id at the top of each log, '' for an open generation without one, null when there is nothing to wait for. */
@@ -368,12 +371,8 @@ export function createGenerationStore({
       const recordKeys = [keys.generation(user, messageId), keys.log(user, messageId)];
       const log = [carrierOf(attempt), worker, OPEN_RECORD_MS, text === null ? 0 : 1, text ?? ''];
       if (!publish) return redis.scriptCommand('open_first', recordKeys, log);
-      const [, replies, ...entry] = publishCommands(keys, publish.node, publish.frames)[0]!; // two frames are one entry
-      return redis.scriptCommand(
-        'open_first',
-        [...recordKeys, replies as string],
-        [...log, publish.node, ...entry],
-      );
+      const { key, rest } = publishArguments(keys, publish.node, publish.frames);
+      return redis.scriptCommand('open_first', [...recordKeys, key], [...log, publish.node, ...rest]);
     },
 
     /** Null when it is no first attempt; nothing has changed then. `published`: the frames went out with it. */
@@ -398,11 +397,11 @@ export function createGenerationStore({
       appends: readonly { log: string; id: string; text: string }[],
       frames: readonly ReplyLines[],
     ): Command {
-      const [, replies, ...entry] = publishCommands(keys, node, frames)[0]!;
+      const { key, rest } = publishArguments(keys, node, frames);
       return redis.scriptCommand(
         'append_and_publish',
-        [replies as string, ...appends.map(({ log }) => log)],
-        [entry.length, ...entry, ...appends.flatMap(({ id, text }) => [id, text])],
+        [key, ...appends.map(({ log }) => log)],
+        [rest.length, ...rest, ...appends.flatMap(({ id, text }) => [id, text])],
       );
     },
 

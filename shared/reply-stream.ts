@@ -59,15 +59,25 @@ export function publishCommands(keys: Keys, node: string, frames: readonly Reply
   let count = 0;
   for (const frame of frames) {
     if (count === FRAMES_PER_ENTRY || lines.length > BYTES_PER_ENTRY) {
-      commands.push([...openEntry(keys, node), FRAMES, lines]);
+      commands.push(publishCommand(keys, node, FRAMES, lines));
       lines = '';
       count = 0;
     }
     lines += frame;
     count++;
   }
-  if (count > 0) commands.push([...openEntry(keys, node), FRAMES, lines]);
+  if (count > 0) commands.push(publishCommand(keys, node, FRAMES, lines));
   return commands;
+}
+
+/** The same for few frames, as one entry, for a script that publishes: the key, and what the XADD takes after it. */
+export function publishArguments(
+  keys: Keys,
+  node: string,
+  frames: readonly ReplyLines[],
+): { key: string; rest: (string | number)[] } {
+  const [, key, ...rest] = publishCommand(keys, node, FRAMES, frames.join(''));
+  return { key: key as string, rest };
 }
 
 /** Hands out what an entry carries, in order. */
@@ -128,6 +138,6 @@ export function publishCloseCommand(
   return publishCommand(keys, node, ['!c', user, code, ...(connectionIds ?? [])].join(' '), reason);
 }
 
-function publishCommand(keys: Keys, node: string, address: string, frame: string): Command {
-  return [...openEntry(keys, node), address, frame];
+function publishCommand(keys: Keys, node: string, field: string, value: string): Command {
+  return [...openEntry(keys, node), field, value];
 }

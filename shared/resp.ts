@@ -44,8 +44,8 @@ export class CommandBuffer {
   private bulk(text: string): void {
     const { length } = text;
     this.reserve(length * 3 + 2);
+    const before = this.length;
     if (length <= SHORT) {
-      const before = this.length;
       this.head(36, length); // $
       const { bytes } = this;
       let at = this.length;
@@ -63,7 +63,6 @@ export class CommandBuffer {
       this.length = before;
     }
     // Written as if it were ASCII, which it mostly is: counting its bytes first would be another pass over it.
-    const before = this.length;
     this.head(36, length);
     const from = this.length;
     const written = this.bytes.write(text, from);

@@ -141,26 +141,25 @@ export function createTurnPipeline(redis: Redis): TurnPipeline {
     outgoing.clear(stream.writableLength > 0); // else the kernel has all of it
   }
 
+  function sendList<T>(
+    commands: readonly PipelineCommand[],
+    bare: boolean,
+    read: (reply: RespValue | Error) => T,
+  ): Promise<T[]> {
+    if (commands.length === 0) return Promise.resolve([]);
+    const { waiter, replies } = awaitAll(commands.length, bare, read);
+    enqueue(commands, waiter);
+    return replies;
+  }
+
   return {
     send(command) {
       const { waiter, reply } = awaitOne();
       enqueue([command], waiter);
       return reply;
     },
-    batch(commands) {
-      const count = commands.length;
-      if (count === 0) return Promise.resolve([]);
-      const { waiter, replies } = awaitAll(count);
-      enqueue(commands, waiter);
-      return replies;
-    },
-    outcomes(commands) {
-      const count = commands.length;
-      if (count === 0) return Promise.resolve([]);
-      const { waiter, outcomes } = awaitOutcomes(count);
-      enqueue(commands, waiter);
-      return outcomes;
-    },
+    batch: (commands) => sendList(commands, false, readReply),
+    outcomes: (commands) => sendList(commands, true, readOutcome),
     flush,
     close() {
       closed = true;
@@ -183,19 +182,24 @@ function awaitOne(): { waiter: Waiter; reply: Promise<unknown> } {
   return { waiter, reply };
 }
 
-function awaitAll(count: number): { waiter: Waiter; replies: Promise<PipelineReply[]> } {
+/** @param read makes of a reply, or of the error that came instead, what the list holds */
+function awaitAll<T>(
+  count: number,
+  bare: boolean,
+  read: (reply: RespValue | Error) => T,
+): { waiter: Waiter; replies: Promise<T[]> } {
   let waiter!: Waiter;
-  const replies = new Promise<PipelineReply[]>((resolve) => {
-    const list: PipelineReply[] = [];
+  const replies = new Promise<T[]>((resolve) => {
+    const list: T[] = [];
     waiter = {
       left: count,
-      bare: false,
+      bare,
       take(value) {
-        list.push(value instanceof RespError ? [value, null] : [null, value]);
+        list.push(read(value));
         if (list.length === count) resolve(list);
       },
       fail(error) {
-        while (list.length < count) list.push([error, null]);
+        while (list.length < count) list.push(read(error));
         resolve(list);
       },
     };
@@ -203,22 +207,10 @@ function awaitAll(count: number): { waiter: Waiter; replies: Promise<PipelineRep
   return { waiter, replies };
 }
 
-function awaitOutcomes(count: number): { waiter: Waiter; outcomes: Promise<Outcome[]> } {
-  let waiter!: Waiter;
-  const outcomes = new Promise<Outcome[]>((resolve) => {
-    const list: Outcome[] = [];
-    waiter = {
-      left: count,
-      bare: true,
-      take(value) {
-        list.push(value instanceof RespError ? value : value !== null);
-        if (list.length === count) resolve(list);
-      },
-      fail(error) {
-        while (list.length < count) list.push(error);
-        resolve(list);
-      },
-    };
-  });
-  return { waiter, outcomes };
+function readReply(reply: RespValue | Error): PipelineReply {
+  return reply instanceof Error ? [reply, null] : [null, reply];
+}
+
+function readOutcome(reply: RespValue | Error): Outcome {
+  return reply instanceof Error ? reply : reply !== null;
 }

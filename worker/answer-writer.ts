@@ -176,9 +176,14 @@ export class AnswerWriter {
     return this.wholeFrames.length > 0 || this.pending !== '';
   }
 
+  /** What is in flight must not be overtaken. */
+  private get mustWait(): boolean {
+    return this.inFlight > 0 && (!this.opened || this.alone);
+  }
+
   /** Whether there is text to append now: whole frames follow each other, less than that waits for the one before. */
   private canTake(): boolean {
-    if ((!this.opened || this.alone) && this.inFlight > 0) return false;
+    if (this.mustWait) return false;
     return this.wholeFrames.length > 0
       ? this.inFlight < MOST_IN_FLIGHT
       : this.pending !== '' && this.inFlight === 0;
@@ -285,15 +290,14 @@ export class AnswerWriter {
     this.scheduled = false;
     if (this.fenced || this.mending || this.ended) return null;
     const opening = !this.opened;
-    if (this.inFlight > 0 && (opening || this.alone)) return null;
-    if (!opening && !this.hasText) return null;
+    if (this.mustWait || (!opening && !this.hasText)) return null;
     const text = this.hasText ? this.takeText() : null;
     this.inFlight++;
     if (this.wholeFrames.length > 0 && this.canTake()) this.schedule();
     return { seq: this.texts.length, text, opening };
   }
 
-  /** Whether it is time to ask who wants its frames; then `routed` is called with the answer. */
+  /** Asked after `take`: whether it is time to ask who wants its frames. Then `routed` is called with the answer. */
   asksRoutes(now: number): boolean {
     if (now - this.routesMs < ROUTES_MS) return false;
     this.routesMs = now;

@@ -88,35 +88,24 @@ export function createAppender({
     // A lost publish is not repeated: gateways heal it from the log.
     if (published.length > 0) settles(redis.outcomes(published), () => {});
     redis.flush(); // Redis gets to work while the rest is put together
-    askRoutes(writers);
-    const together = !redis.isCluster && writers.length <= MOST_TOGETHER ? new Map<string, Together>() : null;
+    const together = !redis.isCluster && writers.length <= MOST_TOGETHER;
     for (let from = 0; from < writers.length; from += BATCH)
       append(writers.slice(from, from + BATCH), publishes, together);
-    if (together) for (const [node, one] of together) sendTogether(node, one);
     settle();
   }
 
-  /** Before their appends, so that these are published to who is named. */
-  function askRoutes(writers: AnswerWriter[]) {
+  function append(writers: AnswerWriter[], publishes: boolean, together: boolean) {
     const now = Date.now();
-    const asking = writers.filter((writer) => writer.asksRoutes(now));
-    if (asking.length === 0) return;
-    settles(redis.batch(asking.map((writer) => store.routesCommand(writer.attempt))), (replies) => {
-      asking.forEach((writer, index) => {
-        const [error, routes] = replies[index]!;
-        if (!error) writer.routed(routes as string | null);
-      });
-    });
-  }
-
-  function append(writers: AnswerWriter[], publishes: boolean, together: Map<string, Together> | null) {
+    const asking: AnswerWriter[] = [];
     const openings: Append[] = [];
     const opens: Command[] = [];
     const appends: Append[] = [];
     const commands: Command[] = [];
+    const scripts = new Map<string, Together>();
     for (const writer of writers) {
       const taken = writer.take();
       if (!taken) continue;
+      if (writer.asksRoutes(now)) asking.push(writer);
       const { seq, text, opening } = taken;
       if (opening) {
         openings.push({ writer, seq });
@@ -124,10 +113,11 @@ export function createAppender({
         continue;
       }
       const node = together ? writer.loneRoute(seq) : null;
-      if (node !== null && joins(together!, node, writer, seq, text!)) continue;
+      if (node !== null && joins(scripts, node, writer, seq, text!)) continue;
       appends.push({ writer, seq });
       commands.push(store.appendCommand(writer.logKey, writer.idOf(seq), text!));
     }
+    askRoutes(asking); // before the appends, so that these are published to who is named
     if (opens.length > 0)
       settles(redis.batch(opens), (replies, now) => {
         openings.forEach(({ writer, seq }, index) => {
@@ -150,34 +140,41 @@ export function createAppender({
           else writer.refused(seq, outcome || null);
         }
       });
+    for (const [node, script] of scripts) sendTogether(node, script);
     redis.flush();
+  }
+
+  function askRoutes(writers: AnswerWriter[]) {
+    if (writers.length === 0) return;
+    settles(redis.batch(writers.map((writer) => store.routesCommand(writer.attempt))), (replies) => {
+      writers.forEach((writer, index) => {
+        const [error, routes] = replies[index]!;
+        if (!error) writer.routed(routes as string | null);
+      });
+    });
   }
 
   /** Adds to what is stored and published for a node in one step; false when that would get too large. */
   function joins(
-    together: Map<string, Together>,
+    scripts: Map<string, Together>,
     node: string,
     writer: AnswerWriter,
     seq: number,
     text: string,
   ): boolean {
-    let one = together.get(node);
-    if (!one) {
-      one = { appends: [], logs: [], frames: [], units: 0 };
-      together.set(node, one);
-    }
+    const script = scripts.get(node) ?? { appends: [], logs: [], frames: [], units: 0 };
     const frame = writer.textLines(seq);
-    if (one.units + frame.length > TOGETHER_UNITS) return false;
+    if (script.units + frame.length > TOGETHER_UNITS) return false;
     writer.goAlone();
-    one.units += frame.length;
-    one.appends.push({ writer, seq });
-    one.logs.push({ log: writer.logKey, id: writer.idOf(seq), text });
-    one.frames.push(frame);
+    script.units += frame.length;
+    script.appends.push({ writer, seq });
+    script.logs.push({ log: writer.logKey, id: writer.idOf(seq), text });
+    script.frames.push(frame);
+    scripts.set(node, script);
     return true;
   }
 
   function sendTogether(node: string, { appends, logs, frames }: Together) {
-    if (appends.length === 0) return;
     settles(redis.batch([store.appendAndPublishCommand(node, logs, frames)]), ([only], now) => {
       const [error, reply] = only!;
       const { published, taken } = error ? { published: false, taken: [] } : store.readAppended(reply);

@@ -4,6 +4,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { after, before, test } from 'node:test';
 import pino from 'pino';
+import { createAdmission } from '../../gateway/admission.ts';
 import { createDelivery, type Follower } from '../../gateway/delivery.ts';
 import { startRedisServer } from '../../infra/redis-server.ts';
 import { type Attempt, createGenerationStore, type GenerationStore } from '../../shared/generation-store.ts';
@@ -553,6 +554,32 @@ test('the queue: bounded, counted exactly, acknowledged only by its holder', asy
   assert.equal(await queue.countOpen([node]), 1);
   assert.equal((await queue.promoteDue(node, 10)).moved, 1);
   assert.deepEqual([...(await queue.positions(node, 10)).keys()], ['u m2']);
+});
+
+test('a request that is nowhere is appended again while its generation is open, and not after its end', async () => {
+  const [user, node, home] = [nextUser(), 'n-again', 'n1'];
+  const desk = createAdmission({
+    node,
+    store,
+    queue,
+    policies: [],
+    queueLimit: 10,
+    userActiveLimit: 4,
+    quotaPerDay: 0,
+    isDraining: () => false,
+    log: pino({ level: 'silent' }),
+  });
+  await queue.ensureGroup(home);
+  await admit(user, 'open');
+  await admit(user, 'ended');
+  for (const messageId of ['open', 'ended']) assert.ok(await queue.removeQueued(home, user, messageId));
+  await store.cancel(user, 'ended');
+
+  assert.deepEqual(await desk.locate(user, 'ended', home), { position: 0, home });
+  assert.deepEqual(await desk.locate(user, 'open', home), { position: 0, home: node });
+  assert.deepEqual([...(await queue.positions(node, 10)).keys()], [`${user} open`]);
+  assert.equal(await redis.client.hget(keys.generation(user, 'open'), 'node'), node);
+  assert.equal(await redis.client.hget(keys.generation(user, 'ended'), 'node'), home);
 });
 
 test('a consumer is removed only when it holds nothing', async () => {

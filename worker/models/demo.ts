@@ -104,24 +104,19 @@ class Recital implements AsyncGenerator<string, HandlerResult, undefined>, Waite
     resolve(next: Spoken): void;
     reject(reason: unknown): void;
   } | null = null;
-  /** As `signal.aborted`, which costs as much as a word. */
-  private aborted: boolean;
-  private readonly onAbort = () => {
-    this.aborted = true;
-    this.stop(this.signal.reason);
-  };
+  private readonly onAbort = () => this.stop(this.signal.reason);
 
   constructor(signal: AbortSignal, text: Text) {
     this.signal = signal;
     this.text = text;
-    this.aborted = signal.aborted;
     signal.addEventListener('abort', this.onAbort);
   }
 
   next(): Promise<Spoken> {
     const { index, text } = this;
     if (this.ended) return Promise.resolve(NOTHING_MORE);
-    if (this.aborted || (index > 0 && index === text.count)) return this.leave();
+    // Only before the first word: later `onAbort` has ended it, and asking a signal costs as much as a word.
+    if (index === 0 ? this.signal.aborted : index === text.count) return this.leave();
     const waitMs = text.waitMs(index);
     if (waitMs > 0 || (index > 0 && index % WORDS_PER_TURN === 0))
       return new Promise((resolve, reject) => {
