@@ -78,6 +78,8 @@ export type Begun =
       routes: string[];
       /** The id in the log before this attempt's `start`, or empty. */
       before: string;
+      /** Of the request; '' while traces are off. */
+      trace: string;
     };
 
 export type Terminal =
@@ -153,6 +155,7 @@ export function createGenerationStore({
         OPEN_RECORD_MS,
         keys.generation(user, ''),
         options.quotaPerDay,
+        options.trace ?? '',
       ];
       let admitted: unknown;
       let queued: [position: number, length?: number] | undefined;
@@ -161,7 +164,7 @@ export function createGenerationStore({
         [admitted, queued] = (await redis.script(
           'admit_and_enqueue',
           [...recordKeys, ...doorKeys, keys.requests(options.node), keys.retries(options.node)],
-          [...record, options.queueLimit, user, options.trace ?? '', REQUEST_PAYLOAD_BYTES],
+          [...record, options.queueLimit, user, REQUEST_PAYLOAD_BYTES],
         )) as [unknown, [number, number?]?];
       const [state, status, node] = admitted as [string, GenerationStatus?, string?];
       switch (state) {
@@ -336,7 +339,7 @@ export function createGenerationStore({
           [keys.generation(user, messageId), keys.log(user, messageId)],
           [carrierOf(options), options.worker, options.maxTries, options.leaseMs, OPEN_RECORD_MS],
         ),
-      )) as [string, number, number, string, string, string];
+      )) as [string, number, number, string, string, string, string];
       switch (reply[0]) {
         case 'missing':
         case 'terminal':
@@ -351,6 +354,7 @@ export function createGenerationStore({
             payload: JSON.parse(reply[3] || '{"contents":""}') as ChatPayload,
             routes: splitRoutes(reply[4]),
             before: reply[5],
+            trace: reply[6],
           };
         default:
           throw new Error(`begin.lua answered ${reply[0]}`);

@@ -1,5 +1,5 @@
 import type { QueuedRequest } from '../shared/request-queue.ts';
-import type { Tracing } from '../shared/tracing.ts';
+import type { Span, Tracing } from '../shared/tracing.ts';
 import type { WorkerMetrics } from './metrics.ts';
 import type { Outcome } from './run-request.ts';
 
@@ -7,7 +7,8 @@ import type { Outcome } from './run-request.ts';
 export interface AttemptWatch {
   /** The trace context for the model; '' while traces are off. */
   readonly trace: string;
-  begun(attempt: number): void;
+  /** @param parent the trace context of the request */
+  begun(attempt: number, parent: string): void;
   firstText(): void;
   fenced(): void;
   deadLetter(): void;
@@ -20,15 +21,18 @@ export function watchAttempt(
 ): AttemptWatch {
   const started = performance.now();
   const seconds = () => (performance.now() - started) / 1000;
-  const span = tracing?.start('generate', request.trace, {
-    'rivulet.user': request.user,
-    'rivulet.message_id': request.messageId,
-    'rivulet.node': request.node,
-    'rivulet.worker': worker,
-  });
+  let span: Span | undefined;
   return {
-    trace: span?.context ?? '',
-    begun(attempt) {
+    get trace() {
+      return span?.context ?? '';
+    },
+    begun(attempt, parent) {
+      span ??= tracing?.start('generate', parent, {
+        'rivulet.user': request.user,
+        'rivulet.message_id': request.messageId,
+        'rivulet.node': request.node,
+        'rivulet.worker': worker,
+      });
       span?.set({ 'rivulet.attempt': attempt });
     },
     firstText() {

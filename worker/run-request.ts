@@ -1,7 +1,7 @@
 import type { Logger } from 'pino';
 import { backoffMs } from '../shared/backoff.ts';
 import { RivuletError } from '../shared/errors.ts';
-import type { Attempt, GenerationStore, Terminal } from '../shared/generation-store.ts';
+import type { Attempt, Begun, GenerationStore, Terminal } from '../shared/generation-store.ts';
 import type { ChatPayload } from '../shared/protocol.ts';
 import type { QueuedRequest, RequestQueue } from '../shared/request-queue.ts';
 import { AnswerWriter } from './answer-writer.ts';
@@ -108,7 +108,9 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
     const { store, queue, worker, config } = parts;
     if (request.payload !== '' && request.deliveries === 1) {
       const payload = JSON.parse(request.payload) as ChatPayload;
-      const outcome = await run({ attempt: 1, tries: 1, payload }, (writer) => writer.expect(request.node));
+      const outcome = await run({ attempt: 1, tries: 1, payload, trace: request.trace }, (writer) =>
+        writer.expect(request.node),
+      );
       if (outcome !== 'stale') return outcome;
       logger().info('no first attempt; asking what it is');
       const { reason } = controller.signal;
@@ -135,7 +137,9 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
 
   /** One attempt, from its first write to its end. 'stale': it was none, and nothing has changed. */
   async function run(
-    begun: { attempt: number; tries: number; payload: ChatPayload; state?: 'run' | 'exhausted' },
+    begun: Pick<Extract<Begun, { attempt: number }>, 'attempt' | 'tries' | 'payload' | 'trace'> & {
+      state?: 'run' | 'exhausted';
+    },
     open: (writer: AnswerWriter) => void,
   ): Promise<Outcome | 'stale'> {
     const { store, queue, worker, config } = parts;
@@ -149,7 +153,7 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
       entry: request.entry,
     };
     running.attempt = begun.attempt;
-    watch.begun(begun.attempt);
+    watch.begun(begun.attempt, begun.trace);
     const writer = new AnswerWriter(attempt, {
       store,
       appender: parts.appender,

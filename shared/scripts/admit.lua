@@ -2,7 +2,7 @@
 -- KEYS: 1 record, 2 the user's open generations, 3 the user's quota, 4 access
 -- ARGV: 1 message id, 2 node, 3 payload (JSON), 4 conversation id or '', 5 most open generations,
 --       6 life of an open record in ms, 7 prefix of this user's record keys, 8 most a day (0 = any number), where the
---       user has no number of their own
+--       user has no number of their own, 9 trace context or ''
 -- Returns {'created'} | {'joined', status, node} | {'too_many_active'} | {'conversation_busy'}
 --       | {'quota_exhausted', ms until it begins anew}
 local record = redis.call('HMGET', KEYS[1], 'status', 'node')
@@ -34,6 +34,7 @@ if most >= 0 then
 end
 redis.call('HSET', KEYS[1], 'status', 'queued', 'attempt', '0', 'tries', '0', 'node', ARGV[2], 'routes', ARGV[2],
   'payload', ARGV[3])
+if ARGV[9] ~= '' then redis.call('HSET', KEYS[1], 'trace', ARGV[9]) end -- for the attempts after the first
 redis.call('PEXPIRE', KEYS[1], ARGV[6])
 redis.call('HSET', KEYS[2], ARGV[1], ARGV[4])
 redis.call('PEXPIRE', KEYS[2], ARGV[6])

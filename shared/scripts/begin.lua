@@ -6,8 +6,8 @@
 --       | {'terminal'} it has ended: acknowledge and leave
 --       | {'duplicate'} another entry of the same request is being worked on by a live worker
 --       | {'exhausted', …} every try is used up; the attempt is opened so that it can be failed
---       | {'run', attempt, tries, payload, routes, id before}
-local record = redis.call('HMGET', KEYS[1], 'status', 'attempt', 'tries', 'payload', 'routes', 'entry', 'beat')
+--       | {'run', attempt, tries, payload, routes, id before, trace context or ''}
+local record = redis.call('HMGET', KEYS[1], 'status', 'attempt', 'tries', 'payload', 'routes', 'entry', 'beat', 'trace')
 local status = record[1]
 if not status then return { 'missing' } end
 if status ~= 'queued' and status ~= 'running' then return { 'terminal' } end
@@ -30,4 +30,5 @@ redis.call('HSET', KEYS[1], 'status', 'running', 'attempt', attempt, 'tries', tr
 redis.call('PEXPIRE', KEYS[1], ARGV[5])
 redis.call('XADD', KEYS[2], attempt .. '-0', 'start', attempt)
 redis.call('PEXPIRE', KEYS[2], ARGV[5])
-return { tries > tonumber(ARGV[3]) and 'exhausted' or 'run', attempt, tries, record[4] or '', record[5] or '', before }
+return { tries > tonumber(ARGV[3]) and 'exhausted' or 'run', attempt, tries, record[4] or '', record[5] or '', before,
+  record[8] or '' }

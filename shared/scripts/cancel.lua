@@ -40,7 +40,7 @@ local fits = bytes <= tonumber(ARGV[4])
 if fits then
   redis.call('HSET', KEYS[1], 'text', table.concat(texts), 'last', last, 'terminal', id .. ' done ' .. terminal)
 end
-redis.call('HDEL', KEYS[1], 'payload', 'beat', 'entry', 'tries', 'owner')
+redis.call('HDEL', KEYS[1], 'payload', 'beat', 'entry', 'tries', 'trace', 'owner')
 redis.call('PEXPIRE', KEYS[1], ARGV[2])
 redis.call('PEXPIRE', KEYS[2], fits and ARGV[3] or ARGV[2])
 redis.call('HDEL', KEYS[3], ARGV[1])

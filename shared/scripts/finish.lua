@@ -38,10 +38,10 @@ if ARGV[13] == '1' then
   else
     redis.call('HSET', KEYS[1], 'status', ARGV[4], 'text', text, 'last', ARGV[5], 'terminal', terminal)
   end
-  redis.call('HDEL', KEYS[1], 'payload', 'beat', 'entry', 'tries', 'node')
+  redis.call('HDEL', KEYS[1], 'payload', 'beat', 'entry', 'tries', 'trace', 'node')
 else
   redis.call('HSET', KEYS[1], 'status', ARGV[4])
-  redis.call('HDEL', KEYS[1], 'payload', 'beat', 'entry', 'tries')
+  redis.call('HDEL', KEYS[1], 'payload', 'beat', 'entry', 'tries', 'trace')
 end
 redis.call('PEXPIRE', KEYS[1], ARGV[10])
 redis.call('HDEL', KEYS[3], ARGV[3])

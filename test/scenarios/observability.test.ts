@@ -143,11 +143,17 @@ test('one trace from the socket to the model; contents are not in it', async (t)
   const dir = mkdtempSync(join(tmpdir(), 'rivulet-traces-'));
   t.after(() => rmSync(dir, { recursive: true, force: true }));
   const handler = join(dir, 'handler.mjs');
-  writeFileSync(handler, 'export default async function* (request, { trace }) { yield String(trace); }\n');
+  writeFileSync(
+    handler,
+    `export default async function* (request, { trace, attempt }) {
+      if (request.contents === 'fails at first' && attempt === 1) throw new Error('not yet');
+      yield String(trace);
+    }\n`,
+  );
 
   const stack = await startStack(t, {
     env: { OTEL_EXPORTER_OTLP_ENDPOINT: `http://127.0.0.1:${(collector.address() as AddressInfo).port}` },
-    workerEnv: { HANDLER: handler },
+    workerEnv: { HANDLER: handler, RETRY_BASE_MS: '50' },
   });
   const client = await stack.client(20001);
   client.send({ type: 'chat', messageId: 'm1', contents: 'a secret' });
@@ -165,6 +171,19 @@ test('one trace from the socket to the model; contents are not in it', async (t)
   assert.ok(
     generate.attributes.some(({ key, value }) => key === 'rivulet.outcome' && value.stringValue === 'done'),
   );
+  client.send({ type: 'chat', messageId: 'm2', contents: 'fails at first' });
+  await client.answer('m2');
+  const spansOf = (messageId: string, wanted: string) =>
+    spans.filter(
+      ({ name, attributes }) =>
+        name === wanted && attributes.some(({ value }) => value.stringValue === messageId),
+    );
+  await eventually(
+    'the spans of the question and of each attempt',
+    () => spansOf('m2', 'chat').length === 1 && spansOf('m2', 'generate').length === 2,
+  );
+  const [asked] = spansOf('m2', 'chat');
+  for (const { parentSpanId } of spansOf('m2', 'generate')) assert.equal(parentSpanId, asked!.spanId);
   assert.doesNotMatch(bodies, /secret/);
 });
 
