@@ -429,7 +429,7 @@ export function createGenerationStore({
     async restore(
       attempt: Attempt,
       texts: string[],
-    ): Promise<{ state: 'restored'; routes: string[] } | { state: 'fenced' | 'missing' }> {
+    ): Promise<{ state: 'restored'; routes: string[] } | { state: 'fenced' | 'missing' | 'twin' }> {
       const { user, messageId } = attempt;
       const reply = (await redis.script(
         'restore',
@@ -443,7 +443,7 @@ export function createGenerationStore({
         ],
       )) as [string, string?];
       if (reply[0] === 'restored') return { state: 'restored', routes: splitRoutes(reply[1]!) };
-      return { state: reply[0] as 'fenced' | 'missing' };
+      return { state: reply[0] as 'fenced' | 'missing' | 'twin' };
     },
 
     /**

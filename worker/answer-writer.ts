@@ -49,6 +49,8 @@ export class AnswerWriter {
   /** Text that waits: whole frames, and what does not fill one yet. */
   private wholeFrames: string[] = [];
   private pending = '';
+  /** The first half of a character whose second half comes with the next text. UTF-8 has nothing for half a character. */
+  private half = '';
   private inFlight = 0;
   private publishedSeq = 0;
   /** The attempt has begun and has its log. Until then at most one append is in flight: the one that does that. */
@@ -69,6 +71,8 @@ export class AnswerWriter {
   fenced = false;
   /** It was expected to be the first attempt, and is not. */
   stale = false;
+  /** Redis forgot it in a failover, and another worker opened an attempt of the same number. */
+  twin = false;
   lastAppendMs = Date.now();
 
   private readonly parts: {
@@ -77,7 +81,10 @@ export class AnswerWriter {
     logger: () => Logger;
     /** Called once, when `fenced` is set. */
     onFenced: () => void;
-    signal: AbortSignal;
+    /** Called when the log was compared with what was written, and completed. */
+    onMended: () => void;
+    /** The worker is leaving: a log that cannot be compared now is left to who comes after. */
+    isLeaving: () => boolean;
   };
 
   constructor(attempt: Attempt, parts: AnswerWriter['parts']) {
@@ -154,17 +161,23 @@ export class AnswerWriter {
   push(text: string): void {
     if (text === '' || this.fenced || this.ended) return;
     this.units += text.length;
-    this.pending += text;
+    this.pending += this.whole(text);
     if (this.pending.length > FRAME_UNITS) this.cut();
     if (this.canTake()) this.schedule();
     else this.holdTimer ??= setTimeout(() => this.schedule(), COALESCE_MS);
   }
 
+  /** The text with the half character that waited for it, without the one at its own end, and with none between. */
+  private whole(text: string): string {
+    const joined = this.half + text;
+    this.half = isHighSurrogate(joined, joined.length - 1) ? joined.at(-1)! : '';
+    return (this.half === '' ? joined : joined.slice(0, -1)).toWellFormed(); // as the log would have it: all see the same
+  }
+
   /** Moves what fills frames out of `pending`; never between the halves of a character. */
   private cut(): void {
     while (this.pending.length > FRAME_UNITS) {
-      const last = this.pending.charCodeAt(FRAME_UNITS - 1);
-      const end = last >= 0xd800 && last < 0xdc00 ? FRAME_UNITS - 1 : FRAME_UNITS;
+      const end = isHighSurrogate(this.pending, FRAME_UNITS - 1) ? FRAME_UNITS - 1 : FRAME_UNITS;
       const frame = this.pending.slice(0, end);
       this.pending = this.pending.slice(end);
       this.wholeFrames.push(frame);
@@ -205,6 +218,8 @@ export class AnswerWriter {
     }
     this.ended = true;
     clearTimeout(this.holdTimer);
+    this.pending += this.half.toWellFormed();
+    this.half = '';
     const { messageId } = this.attempt;
     const { type, ...rest } = terminal;
     const json = JSON.stringify(rest);
@@ -232,6 +247,7 @@ export class AnswerWriter {
         if (last) {
           this.pending = '';
           this.texts.push(text);
+          this.parts.appender.count();
         }
         this.publishStart(finished.routes, '');
         this.publishTexts(finished.routes);
@@ -406,7 +422,7 @@ export class AnswerWriter {
   }
 
   private async compareAndRestore(reason: string): Promise<void> {
-    const { store, logger, signal } = this.parts;
+    const { store, logger, isLeaving } = this.parts;
     while (this.inFlight > 0 && !this.fenced) await this.changed(); // their answers come first: rejected or not
     const deadline = Date.now() + MEND_DEADLINE_MS;
     for (let round = 1; !this.fenced; round++) {
@@ -417,15 +433,17 @@ export class AnswerWriter {
           this.opened = true;
           this.publishStart(restored.routes, '');
           this.publishTexts(restored.routes);
+          this.parts.onMended();
           logger().info({ reason, frames: this.texts.length }, 'log compared with what was written');
           return;
         }
         logger().info({ reason, state: restored.state }, 'attempt lost');
-        this.stale = !this.opened;
+        this.twin = restored.state === 'twin';
+        this.stale = !this.opened && !this.twin;
         this.setFenced();
         return;
       } catch (error) {
-        if (!isConnectionError(error) || Date.now() > deadline || signal.aborted) {
+        if (!isConnectionError(error) || Date.now() > deadline || isLeaving()) {
           logger().error({ err: error }, 'the log cannot be compared; giving the attempt up');
           this.setFenced();
           return;
@@ -442,4 +460,9 @@ export class AnswerWriter {
   private notify(): void {
     for (const resolve of this.waiters.splice(0)) resolve();
   }
+}
+
+function isHighSurrogate(text: string, index: number): boolean {
+  const unit = text.charCodeAt(index);
+  return unit >= 0xd800 && unit < 0xdc00;
 }

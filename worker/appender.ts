@@ -21,6 +21,10 @@ export interface Appender {
   publish(node: string, frame: ReplyLines): void;
   /** Settles when nothing is on its way any more. */
   flushed(): Promise<void>;
+  /** Waits for Redis no longer. */
+  close(): void;
+  /** Counts a token frame that was written with the end of its answer. */
+  count(): void;
   readonly tokens: number;
 }
 
@@ -58,6 +62,7 @@ export function createAppender({
   let dirty: AnswerWriter[] = [];
   let outgoing = new Map<string, ReplyLines[]>();
   let scheduled = false;
+  let closed = false;
   let underWay = 0;
   let tokens = 0;
   const idle: (() => void)[] = [];
@@ -72,7 +77,7 @@ export function createAppender({
     // While Redis is away nothing is lined up: it would be appended before the logs are compared with what was
     // written, on a server that may have lost what came before.
     if (!redis.isReady()) {
-      setTimeout(turn, AWAY_MS);
+      if (!closed) setTimeout(turn, AWAY_MS);
       return;
     }
     scheduled = false;
@@ -222,6 +227,12 @@ export function createAppender({
         idle.push(resolve);
         wake();
       });
+    },
+    close() {
+      closed = true;
+    },
+    count() {
+      tokens++;
     },
     get tokens() {
       return tokens;

@@ -11,6 +11,7 @@ export interface AttemptWatch {
   begun(attempt: number, parent: string): void;
   firstText(): void;
   fenced(): void;
+  mended(): void;
   deadLetter(): void;
   ended(outcome: Outcome | 'left'): void;
 }
@@ -42,6 +43,10 @@ export function watchAttempt(
     fenced() {
       metrics.fenced.inc();
       span?.event('fenced');
+    },
+    mended() {
+      metrics.mended.inc();
+      span?.event('log compared');
     },
     deadLetter() {
       metrics.deadLetters.inc();

@@ -17,7 +17,8 @@ import type { Handler, HandlerResult } from './handler.ts';
  *
  * A request that comes for the first time, with its payload, is all but certainly a first attempt: its model is called
  * at once, a round trip sooner, and what Redis has to say to that comes with the answer to the first write. Should it not
- * be one (it was cancelled meanwhile, or is in a stream twice), the model is stopped and `begin` decides.
+ * be one (it was cancelled meanwhile, or is in a stream twice), the model is stopped and `begin` decides. So it does
+ * where a failover forgot an attempt and another worker opened one of the same number.
  */
 
 const MAX_RETRY_MS = 600_000; // the most that a Retry-After is obeyed
@@ -105,18 +106,30 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
   return running;
 
   async function work(): Promise<Outcome> {
-    const { store, queue, worker, config } = parts;
+    const { queue, worker } = parts;
     if (request.payload !== '' && request.deliveries === 1) {
       const payload = JSON.parse(request.payload) as ChatPayload;
       const outcome = await run({ attempt: 1, tries: 1, payload, trace: request.trace }, (writer) =>
         writer.expect(request.node),
       );
-      if (outcome !== 'stale') return outcome;
-      logger().info('no first attempt; asking what it is');
-      const { reason } = controller.signal;
-      controller = new AbortController();
-      if (reason instanceof Released) controller.abort(reason);
+      if (outcome !== 'again') return outcome;
+      // Somebody may have claimed it while this process stood still: then it is theirs.
+      const held =
+        running.writer?.twin || (await queue.extend(request.node, worker, [request.entry])).length === 0;
+      if (!held) return 'skipped';
     }
+    for (;;) {
+      const { reason } = controller.signal;
+      if (controller.signal.aborted) controller = new AbortController();
+      if (reason instanceof Released) controller.abort(reason);
+      const outcome = await begin();
+      if (outcome !== 'again') return outcome;
+    }
+  }
+
+  /** Asks Redis for the next attempt, and runs it. */
+  async function begin(): Promise<Outcome | 'again'> {
+    const { store, queue, worker, config } = parts;
     const begun = await store.begin({
       user: request.user,
       messageId: request.messageId,
@@ -131,17 +144,16 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
       await queue.ack(request, worker);
       return 'skipped';
     }
-    const outcome = await run(begun, (writer) => writer.started(begun.routes, begun.before));
-    return outcome === 'stale' ? 'fenced' : outcome; // what has begun is never stale
+    return run(begun, (writer) => writer.started(begun.routes, begun.before));
   }
 
-  /** One attempt, from its first write to its end. 'stale': it was none, and nothing has changed. */
+  /** One attempt, from its first write to its end. 'again': it was none, or not the only one: `begin` decides. */
   async function run(
     begun: Pick<Extract<Begun, { attempt: number }>, 'attempt' | 'tries' | 'payload' | 'trace'> & {
       state?: 'run' | 'exhausted';
     },
     open: (writer: AnswerWriter) => void,
-  ): Promise<Outcome | 'stale'> {
+  ): Promise<Outcome | 'again'> {
     const { store, queue, worker, config } = parts;
     const { payload, tries } = begun;
     const attempt: Attempt = {
@@ -162,7 +174,8 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
         if (!writer.stale) watch.fenced();
         controller.abort(new Error('the attempt was replaced'));
       },
-      signal: controller.signal,
+      onMended: () => watch.mended(),
+      isLeaving: () => controller.signal.reason instanceof Released,
     });
     running.writer = writer;
     open(writer);
@@ -209,7 +222,7 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
       if (!acknowledged) await queue.ack(request, worker);
     }
 
-    async function retry(failure: RivuletError): Promise<Outcome | 'stale'> {
+    async function retry(failure: RivuletError): Promise<Outcome | 'again'> {
       await writer.settled(); // what the client saw of this attempt is in the log before the next begins
       writer.abandon();
       if (!(await store.release(attempt, true))) return lost();
@@ -223,7 +236,7 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
       return 'retry';
     }
 
-    async function fail(failure: RivuletError, attempts: number): Promise<Outcome | 'stale'> {
+    async function fail(failure: RivuletError, attempts: number): Promise<Outcome | 'again'> {
       const terminal: Terminal = {
         type: 'failed',
         code: failure.code,
@@ -232,15 +245,15 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
       };
       if (failure.code === 'attempts_exhausted') {
         if (!(await writer.settled())) return lost();
-        watch.deadLetter();
         // Before the end: a crash between the two leaves a second letter, not none.
-        await queue.deadLetter(request, worker, {
+        const written = await queue.deadLetter(request, worker, {
           attempts,
           lastAttempt: attempt.attempt,
           code: failure.code,
           reason: failure.message.slice(0, 500),
           payload: JSON.stringify(payload),
         });
+        if (written) watch.deadLetter();
       }
       const finished = await writer.finish(terminal);
       if (!finished) return lost();
@@ -252,7 +265,7 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
       return 'failed';
     }
 
-    async function release(): Promise<Outcome | 'stale'> {
+    async function release(): Promise<Outcome | 'again'> {
       await writer.settled();
       writer.abandon();
       if (!(await store.release(attempt, false))) return lost();
@@ -261,8 +274,11 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
       return 'released';
     }
 
-    async function lost(): Promise<Outcome | 'stale'> {
-      if (writer.stale) return 'stale';
+    async function lost(): Promise<Outcome | 'again'> {
+      if (writer.stale || writer.twin) {
+        logger().info({ twin: writer.twin }, 'not the attempt that it seemed; asking what it is');
+        return 'again';
+      }
       // Ended by a cancel: the entry is still ours to remove. Taken over: the script finds it is not.
       const [record] = await store.inspect([request]);
       const ended =
@@ -282,9 +298,10 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
     attempt: number,
     payload: ChatPayload,
   ): Promise<HandlerResult | undefined> {
-    const { config } = parts;
-    const partial =
-      attempt > 1 ? await parts.store.readText(request.user, request.messageId, attempt - 1) : '';
+    const { config, store } = parts;
+    let partial = ''; // of the last attempt that said anything
+    for (let before = attempt - 1; before > 0 && partial === ''; before--)
+      partial = await store.readText(request.user, request.messageId, before);
     const generator = parts.handler(
       { ...payload, userId: request.user, messageId: request.messageId },
       {

@@ -53,7 +53,8 @@ async function write(messageId: string): Promise<AnswerWriter> {
     appender,
     logger: () => pino({ level: 'silent' }),
     onFenced() {},
-    signal: new AbortController().signal,
+    onMended() {},
+    isLeaving: () => false,
   });
   writer.expect('n1');
   await writer.settled();
@@ -113,6 +114,38 @@ test('texts that grow when they are encoded arrive whole too', async () => {
     assert.equal(frames.length, 3);
     assert.deepEqual(await published('n1', name), frames);
   }
+});
+
+test('a character that comes in two halves is written whole, by every way to the log', async () => {
+  const [high, low] = ['\ud83d', '\ude00'];
+  const writer = await write('halves');
+  writer.push(`a${low}`);
+  await writer.settled();
+  writer.push(high);
+  await writer.settled();
+  writer.push(high); // the half before it stays alone
+  await writer.settled();
+  writer.push(`${low}b`);
+  await writer.settled();
+  writer.push(high);
+  await writer.settled();
+  writer.push(low);
+  await writer.settled();
+  const frames = (await logged('halves')).map((frame) => frame.split(' ')[1]);
+  assert.equal(frames.join(''), `a\ufffd\ufffd\u{1f600}b\u{1f600}`);
+  assert.deepEqual(await published('n1', 'halves'), await logged('halves'));
+
+  const { tokens } = appender;
+  writer.push(`c${high}`);
+  const finished = await writer.finish({ type: 'done', finishReason: 'stop', length: writer.length });
+  assert.ok(finished);
+  await appender.flushed();
+  assert.deepEqual(await published('n1', 'halves'), await logged('halves'));
+  assert.equal(appender.tokens, tokens + 1, 'what comes with the end counts too');
+  assert.equal(
+    await redis.client.hget(keys.generation(user, 'halves'), 'text'),
+    'a\ufffd\ufffd\u{1f600}b\u{1f600}c\ufffd',
+  );
 });
 
 test('what few answers say takes one step', async () => {

@@ -154,6 +154,22 @@ test('a second entry of a request that a live worker runs is a duplicate; a sile
   assert.equal((await begin(user, 'm', 'w2', '2-2')).state, 'run');
 });
 
+test('an attempt is given up once, however often that is said, and only by its worker', async () => {
+  for (const [countsAsTry, tries] of [
+    [true, '1'],
+    [false, '0'],
+  ] as const) {
+    const user = nextUser();
+    await admit(user, 'm');
+    const attempt = await running(user, 'm');
+    assert.equal(await store.release({ ...attempt, worker: 'w2' }, countsAsTry), false);
+    for (let time = 1; time <= 2; time++) assert.equal(await store.release(attempt, countsAsTry), true);
+    assert.equal(await redis.client.hget(keys.generation(user, 'm'), 'tries'), tries);
+    await running(user, 'm', 'w2', '1-2');
+    assert.equal(await store.release(attempt, countsAsTry), false);
+  }
+});
+
 test('finish is exact: last text, terminal frame, record; and safe to repeat', async () => {
   const user = nextUser();
   await admit(user, 'm');
@@ -362,7 +378,7 @@ test('a first attempt begins with its log, its start and its first text in one s
   assert.ok(Number(await redis.client.hget(keys.generation(user, 'm'), 'beat')) > 0);
   // Its worker has lost the answer, or finds that it was lost with the server's memory.
   assert.equal((await store.restore(attempt, ['first'])).state, 'restored');
-  assert.equal((await store.restore(expected(user, 'm', 'w2'), ['other'])).state, 'fenced');
+  assert.equal((await store.restore(expected(user, 'm', 'w2'), ['other'])).state, 'twin');
   assert.equal(await append(attempt, 2, 'second'), '1-2');
   assert.ok((await redis.client.pttl(keys.log(user, 'm'))) > 0);
   assert.equal((await begin(user, 'm', 'w2', '2-1')).state, 'duplicate');

@@ -1,0 +1,65 @@
+import assert from 'node:assert/strict';
+import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { type TestContext, test } from 'node:test';
+import { startStack } from '../helpers/stack.ts';
+
+/** What a failover may make Redis forget of an attempt, done by hand. */
+
+function handlerFile(t: TestContext, body: string): string {
+  const dir = mkdtempSync(join(tmpdir(), 'rivulet-forgotten-'));
+  t.after(() => rmSync(dir, { recursive: true, force: true }));
+  const file = join(dir, 'handler.mjs');
+  writeFileSync(file, `export default async function* (request, { attempt, partial }) {\n${body}\n}\n`);
+  return file;
+}
+
+test('two workers with an attempt of the same number: no client gets a mixture', async (t) => {
+  const HANDLER = handlerFile(
+    t,
+    `for (let word = 1; word <= 30; word++) {
+      yield 'a' + attempt + '.' + word + ' ';
+      await new Promise((resolve) => setTimeout(resolve, 50));
+    }`,
+  );
+  const { look, keys, ...stack } = await startStack(t, { workers: 1, workerEnv: { HANDLER } });
+  const client = await stack.client(20001);
+  client.send({ type: 'chat', messageId: 'm', contents: 'hello' });
+  for (let frames = 0; frames < 5; frames++) await client.next('token', 'm');
+
+  // The new master knew the request as one that nobody had read; somebody did, and began.
+  const [record, log] = [keys.generation('20001', 'm'), keys.log('20001', 'm')];
+  const id = Number((await look.client.xrevrange(log, '+', '-', 'COUNT', 1))[0]![0].split('-')[1]);
+  await look.client
+    .multi()
+    .hset(record, 'owner', 'w-other', 'attempt', 1)
+    .del(log)
+    .xadd(log, '1-0', 'start', '1')
+    .xadd(log, `1-${id + 100}`, 'token', 'of another answer')
+    .exec();
+  const answer = await client.answer('m');
+  assert.equal(answer.text, Array.from({ length: 30 }, (_, index) => `a2.${index + 1} `).join(''));
+  assert.match(answer.end.id!, /^2-/);
+  const again = await stack.client(20001);
+  again.send({ type: 'resume', messageId: 'm' });
+  assert.equal((await again.answer('m')).text, answer.text);
+});
+
+test('an attempt that said nothing does not hide what the one before had said', async (t) => {
+  const HANDLER = handlerFile(t, `yield attempt + ': after "' + partial + '"';`);
+  const { look, keys, ...stack } = await startStack(t, { workers: 0, workerEnv: { HANDLER } });
+  const client = await stack.client(20001);
+  client.send({ type: 'chat', messageId: 'm', contents: 'hello' });
+  await client.next('accepted', 'm');
+  const [record, log] = [keys.generation('20001', 'm'), keys.log('20001', 'm')];
+  await look.client
+    .multi()
+    .hset(record, 'attempt', 2, 'tries', 2)
+    .xadd(log, '1-0', 'start', '1')
+    .xadd(log, '1-1', 'token', 'Hello')
+    .xadd(log, '2-0', 'start', '2')
+    .exec();
+  await stack.addWorker();
+  assert.equal((await client.answer('m')).text, '3: after "Hello"');
+});
