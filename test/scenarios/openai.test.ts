@@ -96,3 +96,19 @@ test('a cut connection and a 429 are retried; a 400 is final', async () => {
   assert.deepEqual([failed.end.code, failed.end.temporary, failed.starts], ['model_error', false, 1]);
   assert.match(failed.end.message, /no such model/);
 });
+
+test('an answer that takes too long fails for good: nobody waits that long twice', async () => {
+  const worker = await stack.addWorker({ GENERATION_TIMEOUT_MS: '1500', MAX_ATTEMPTS: '3' });
+  await stack.workers[0]!.kill();
+  const before = model.requests;
+  const client = await stack.client(20005);
+  client.send({ type: 'chat', messageId: 't1', contents: 'hello' });
+  const call = await model.next();
+  call.token('slow');
+  const { end, text, starts } = await client.answer('t1');
+  assert.ok(end.type === 'failed');
+  assert.deepEqual([end.code, text, starts], ['model_timeout', 'slow', 1]);
+  assert.equal(await call.closed, 'aborted');
+  assert.equal(model.requests, before + 1);
+  await worker.kill();
+});

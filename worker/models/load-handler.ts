@@ -41,7 +41,6 @@ async function loadOpenAiHandler(settings: ModelSettings): Promise<Handler> {
     timeouts: {
       firstTokenMs: settings.FIRST_TOKEN_TIMEOUT_MS,
       betweenTokensMs: settings.TOKEN_TIMEOUT_MS,
-      totalMs: settings.GENERATION_TIMEOUT_MS,
     },
   });
 }

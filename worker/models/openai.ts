@@ -33,8 +33,6 @@ export interface OpenAiTimeouts {
   /** From sending the request to the first token, reasoning included. */
   firstTokenMs: number;
   betweenTokensMs: number;
-  /** The whole call. */
-  totalMs: number;
 }
 
 /** How long a finished answer waits for its usage and `[DONE]`, ms. Some servers leave the connection open. */
@@ -168,10 +166,6 @@ function openCall(parent: AbortSignal, timeouts: OpenAiTimeouts): Call {
   parent.addEventListener('abort', onParentAbort, { once: true });
   const timeout = (message: string) =>
     controller.abort(new RivuletError('model_timeout', message, { temporary: true }));
-  const total = setTimeout(
-    () => timeout(`The model did not finish within ${timeouts.totalMs} ms.`),
-    timeouts.totalMs,
-  );
   let allowance = timeouts.firstTokenMs;
   let silence = `The model sent no token within ${timeouts.firstTokenMs} ms.`;
 
@@ -199,7 +193,6 @@ function openCall(parent: AbortSignal, timeouts: OpenAiTimeouts): Call {
       allowance = Math.min(TRAILER_MS, timeouts.betweenTokensMs);
     },
     close() {
-      clearTimeout(total);
       parent.removeEventListener('abort', onParentAbort);
       // Ends the request if it still runs, and is nothing to a finished one: its connection is used again.
       controller.abort();
