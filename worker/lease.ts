@@ -7,13 +7,15 @@ import type { RunningRequest } from './run-request.ts';
 
 /**
  * Keeps what runs here ours, and learns when it is not. Two loops over the running requests:
- * every third of the lease the claims are extended, few at a time, for entries that Redis still counts as ours; and every
+ * every third of the lease, and as soon as Redis is back, the claims are extended, few at a time, for entries that Redis
+ * still counts as ours; and every
  * `WATCH_MS` the records of answers without a recent append are read, so that a cancel stops a model that has not
  * said a word yet. The same loop ends what takes longer than GENERATION_TIMEOUT_MS, so that no answer needs a timer.
  */
 
 const EXTEND_BATCH = 32; // of Redis' time, under half a millisecond
 const WATCH_MS = 1_000; // the design's bound for a cancel before the first token
+const AGAIN_MS = 1_000; // after a step that failed
 
 export function keepLeases(parts: {
   worker: string;
@@ -41,10 +43,12 @@ export function keepLeases(parts: {
       })),
     );
     const pauseMs = leaseMs / 6 / batches.length; // all of them within half of the time until the next round
+    const failures: unknown[] = [];
     for (const [index, { node, list }] of batches.entries()) {
       if (index > 0) await delay(pauseMs, undefined, { signal }).catch(() => {});
-      await extendSome(node, list);
+      await extendSome(node, list).catch((error) => failures.push(error)); // the others are not to suffer for it
     }
+    if (failures.length > 0) throw failures[0];
   }
 
   async function extendSome(node: string, list: RunningRequest[]): Promise<void> {
@@ -70,8 +74,9 @@ export function keepLeases(parts: {
   async function watch(): Promise<void> {
     const now = Date.now();
     for (const running of parts.running()) if (now - running.since > parts.timeoutMs) running.expire();
+    // One that has ended, or was given up, knows for itself what became of it.
     const quiet = [...parts.running()].filter(
-      (running) => running.writer && !running.writer.fenced && now - running.writer.lastAppendMs >= WATCH_MS,
+      ({ writer }) => writer && !writer.fenced && !writer.isEnded && now - writer.lastAppendMs >= WATCH_MS,
     );
     if (quiet.length === 0) return;
     const records = await store.inspect(quiet.map((running) => running.request));
@@ -79,21 +84,35 @@ export function keepLeases(parts: {
       const running = quiet[index]!;
       const ours =
         record?.status === 'running' && record.attempt === running.attempt && record.owner === worker;
-      if (ours || running.writer!.fenced) return;
+      if (ours || running.writer!.fenced || running.writer!.isEnded) return;
       if (record === null || record.attempt < running.attempt) running.writer!.check();
       else running.lose();
     });
   }
 
+  const pauses = new Set<AbortController>();
+  const wake = () => {
+    for (const pause of pauses) pause.abort();
+  };
+  const unsubscribe = redis.onReconnect(wake);
+  signal.addEventListener('abort', wake);
+
   async function every(ms: number, step: () => Promise<void>, name: string): Promise<void> {
-    while (!signal.aborted) {
-      await delay(ms, undefined, { signal }).catch(() => {});
+    for (let pauseMs = ms; !signal.aborted; ) {
+      const pause = new AbortController();
+      pauses.add(pause);
+      await delay(pauseMs, undefined, { signal: pause.signal }).catch(() => {});
+      pauses.delete(pause);
       if (signal.aborted) return;
-      await step().catch((error: Error) =>
-        log.warn({ err: error.message, step: name }, 'lease step failed; again soon'),
-      );
+      pauseMs = ms;
+      await step().catch((error: Error) => {
+        log.warn({ err: error.message, step: name }, 'lease step failed; again soon');
+        pauseMs = Math.min(ms, AGAIN_MS);
+      });
     }
   }
 
-  return Promise.all([every(leaseMs / 3, extend, 'extend'), every(WATCH_MS, watch, 'watch')]).then(() => {});
+  return Promise.all([every(leaseMs / 3, extend, 'extend'), every(WATCH_MS, watch, 'watch')]).then(
+    unsubscribe,
+  );
 }

@@ -10,12 +10,14 @@ import { GROUP, type QueuedRequest, type RequestQueue, readRequest } from '../sh
  *
  * With room for at least one request a stream, one blocked XREADGROUP serves all streams. With less room (COUNT is
  * per stream) they are asked one at a time, in rotating order, without blocking; only when all are empty comes the
- * blocked read. In a Cluster a read must stay in one slot: there each stream is read in its own blocked call
- * on its own connection (see `createReaders`).
+ * blocked read. In a Cluster a read must stay in one slot: there each stream is read by a loop of its own, on its own
+ * connection; the room that one of them asks with is not offered to the others meanwhile.
  */
 
 const REGISTRY_MS = 1_000; // a new gateway's requests are seen within this and one blocked read
 const PAUSE_MS = 250; // after an error
+const ASKING_MS = 1_000; // that a read may keep room from the others: its server may be away
+const AGAIN_MS = 5; // between looks whether such a read has left any
 
 export interface RequestSource {
   /** Nodes known now. */
@@ -43,12 +45,15 @@ export function readRequests(parts: {
   const { worker, keys, queue, log, signal } = parts;
   let nodes: string[] = [];
   let rotation = 0;
+  let asking = 0; // room that reads without blocking have asked for
+  const room = () => parts.room() - asking;
 
   async function discover(): Promise<void> {
     while (!signal.aborted) {
       try {
-        const known = (await parts.registry.nodes()).map((entry) => entry.node);
-        for (const node of known) if (!nodes.includes(node)) await queue.ensureGroup(node);
+        const known: string[] = [];
+        for (const { node } of await parts.registry.nodes())
+          if (nodes.includes(node) || (await hasGroup(node))) known.push(node);
         if (known.join() !== nodes.join()) {
           log.info({ nodes: known }, 'nodes');
           nodes = known;
@@ -60,6 +65,17 @@ export function readRequests(parts: {
       }
       await delay(REGISTRY_MS, undefined, { signal }).catch(() => {});
     }
+  }
+
+  /** Makes it if need be. In a Cluster the server of one node may be away while the others' are not. */
+  async function hasGroup(node: string): Promise<boolean> {
+    return queue.ensureGroup(node).then(
+      () => true,
+      (error) => {
+        log.warn({ err: describeError(error), node }, 'no group; again soon');
+        return false;
+      },
+    );
   }
 
   async function read(
@@ -85,6 +101,24 @@ export function readRequests(parts: {
     return taken;
   }
 
+  /** Reads as much as there is room for, without blocking. */
+  async function readIfAny(reader: RedisConnection, node: string): Promise<number> {
+    let count = room();
+    if (count <= 0) return 0;
+    asking += count;
+    const release = () => {
+      asking -= count;
+      count = 0;
+    };
+    const timer = setTimeout(release, ASKING_MS);
+    try {
+      return await read(reader, [node], count, false);
+    } finally {
+      clearTimeout(timer);
+      release();
+    }
+  }
+
   async function loop(reader: RedisConnection, mine: () => string[], stopped: () => boolean): Promise<void> {
     while (!signal.aborted && !stopped()) {
       const names = mine();
@@ -92,31 +126,28 @@ export function readRequests(parts: {
         await delay(50, undefined, { signal }).catch(() => {});
         continue;
       }
-      const room = parts.room();
-      if (room <= 0) {
-        await parts.roomAgain();
+      if (room() <= 0) {
+        await (parts.room() > 0 ? delay(AGAIN_MS) : parts.roomAgain());
         continue;
       }
       try {
         let taken = 0;
-        if (room < names.length) {
+        if (room() < nodes.length) {
           rotation = (rotation + 1) % names.length;
-          for (let step = 0; step < names.length && parts.room() > 0; step++)
-            taken += await read(reader, [names[(rotation + step) % names.length]!], parts.room(), false);
-          // Blocked with COUNT 1, a read may return one more entry than there is room for: it waits in line here.
+          for (let step = 0; step < names.length && room() > 0; step++)
+            taken += await readIfAny(reader, names[(rotation + step) % names.length]!);
+          // Blocked with COUNT 1, a read may return one entry of each stream, more than there is room for: these wait in
+          // line here for a moment, and go back if it gets longer.
           if (taken === 0 && !signal.aborted) await read(reader, names, 1, true);
-        } else await read(reader, names, Math.max(1, Math.floor(room / names.length)), true);
+          else if (names.length < nodes.length) await delay(2 * AGAIN_MS); // the other loops are first next time
+        } else await read(reader, names, Math.floor(room() / nodes.length), true);
       } catch (error) {
         if (signal.aborted) break;
         const { message } = error as Error;
         // A gateway that leaves takes its empty stream with it.
         if (message.startsWith('UNBLOCKED')) log.info({ err: message }, 'a node has left');
         else log.warn({ err: message }, 'reading requests failed; again soon');
-        if (message.startsWith('NOGROUP'))
-          for (const node of names)
-            await queue
-              .ensureGroup(node)
-              .catch((cause: Error) => log.warn({ err: cause.message, node }, 'no group'));
+        if (message.startsWith('NOGROUP')) for (const node of names) await hasGroup(node);
         await delay(PAUSE_MS, undefined, { signal }).catch(() => {});
       }
     }

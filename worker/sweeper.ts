@@ -42,14 +42,14 @@ export function startSweeper(parts: {
   const nodesToSweep = () => parts.nodes().filter(() => share >= 1 || Math.random() < share);
 
   async function promote(): Promise<void> {
-    for (const node of nodesToSweep()) {
+    await eachNode(nodesToSweep(), async (node) => {
       const { moved } = await queue.promoteDue(node, 100);
       if (moved > 0) log.info({ node, moved }, 'retries are due');
-    }
+    });
   }
 
   async function claim(): Promise<void> {
-    for (const node of nodesToSweep()) {
+    await eachNode(nodesToSweep(), async (node) => {
       const room = parts.room();
       if (room <= 0) return;
       const claimed = await queue.claimStalled(node, worker, {
@@ -61,20 +61,28 @@ export function startSweeper(parts: {
       if (claimed.length > 0) log.warn({ node, claimed: claimed.length }, 'took over stalled requests');
       parts.onTakeovers(claimed.length);
       for (const request of claimed) parts.start(request);
-    }
+    });
   }
 
   async function housekeep(): Promise<void> {
     await registry.sweepWorkers(GONE_AFTER_MS);
     share = SWEEPERS / Math.max(1, await registry.countWorkers());
-    for (const entry of await registry.nodes()) {
-      await queue.removeIdleConsumers(entry.node, Math.max(GONE_AFTER_MS, 3 * config.LEASE_MS));
-      if (entry.until + GONE_AFTER_MS > Date.now()) continue;
-      if ((await queue.countOpen([entry.node])) > 0) continue;
-      if (!(await registry.remove(entry.node, GONE_AFTER_MS))) continue;
-      await queue.dropEmpty(entry.node);
-      log.info({ node: entry.node }, 'forgot a node that is gone and drained');
-    }
+    const until = new Map((await registry.nodes()).map((entry) => [entry.node, entry.until]));
+    await eachNode([...until.keys()], async (node) => {
+      await queue.removeIdleConsumers(node, Math.max(GONE_AFTER_MS, 3 * config.LEASE_MS));
+      if (until.get(node)! + GONE_AFTER_MS > Date.now()) return;
+      if ((await queue.countOpen([node])) > 0) return;
+      if (!(await registry.remove(node, GONE_AFTER_MS))) return;
+      await queue.dropEmpty(node);
+      log.info({ node }, 'forgot a node that is gone and drained');
+    });
+  }
+
+  /** One after the other; in a Cluster a node whose server is away does not hold up those behind it. */
+  async function eachNode(nodes: string[], step: (node: string) => Promise<void>): Promise<void> {
+    const failures: unknown[] = [];
+    for (const node of nodes) await step(node).catch((error) => failures.push(error));
+    if (failures.length > 0) throw failures[0];
   }
 
   async function every(ms: number, name: string, step: () => Promise<void>): Promise<void> {

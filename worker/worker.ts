@@ -29,6 +29,8 @@ import { startSweeper } from './sweeper.ts';
 const BEAT_MS = 1_000; // the view of what workers do is at most this old
 const SEEN_LEASE_MS = 5_000;
 const RUNNING_SHOWN = 32;
+const BACKLOG_MS = 500; // then another worker may have what was read here and finds no room
+const FLUSH_MS = 2_000; // what was published when the worker leaves; it is in the logs
 
 export async function startWorker(config: WorkerConfig, handler: Handler, log: Logger): Promise<Running> {
   const worker = `w-${hostname().slice(0, 24)}-${process.pid}-${randomBytes(3).toString('hex')}`;
@@ -75,7 +77,7 @@ export async function startWorker(config: WorkerConfig, handler: Handler, log: L
 
   const stopReading = new AbortController();
   const stopKeeping = new AbortController();
-  const backlog: QueuedRequest[] = []; // at most one entry a node: see request-loop.ts
+  const backlog: QueuedRequest[] = []; // what was read without room for it: see request-loop.ts
   const startedAt = Date.now();
   let done = 0;
   let failed = 0;
@@ -93,6 +95,13 @@ export async function startWorker(config: WorkerConfig, handler: Handler, log: L
     lastBusy = Date.now();
     if (running.size >= config.WORKER_CONCURRENCY) {
       backlog.push(request);
+      setTimeout(
+        () => {
+          const index = backlog.indexOf(request);
+          if (index >= 0) void giveBack(backlog.splice(index, 1));
+        },
+        Math.min(BACKLOG_MS, config.LEASE_MS / 4),
+      );
       return;
     }
     const key = `${request.node} ${request.entry}`;
@@ -120,6 +129,11 @@ export async function startWorker(config: WorkerConfig, handler: Handler, log: L
       if (next) start(next);
       for (const wake of roomWaiters.splice(0)) wake();
     });
+  }
+
+  /** What cannot be given back now is left to the lease. */
+  async function giveBack(requests: QueuedRequest[]): Promise<void> {
+    for (const request of requests) await queue.retryLater(request, worker, 0).catch(() => false);
   }
 
   const room = () =>
@@ -207,7 +221,7 @@ export async function startWorker(config: WorkerConfig, handler: Handler, log: L
     for (const wake of roomWaiters.splice(0)) wake();
     roomWaiters = [];
     await source.ended;
-    for (const request of backlog.splice(0)) await queue.retryLater(request, worker, 0).catch(() => false);
+    await giveBack(backlog.splice(0));
   }
 
   async function retire(): Promise<void> {
@@ -227,7 +241,8 @@ export async function startWorker(config: WorkerConfig, handler: Handler, log: L
     if (running.size > 0) log.info({ running: running.size }, 'time is up; handing requests back');
     for (const one of running.values()) one.release();
     await Promise.race([Promise.all([...running.values()].map((one) => one.ended)), delay(5_000)]);
-    await appender.flushed();
+    await Promise.race([appender.flushed(), delay(FLUSH_MS)]); // Redis may be away
+    appender.close();
     stopKeeping.abort();
     await Promise.all([leases, sweeper, beating, finishedLogs.ended]);
     await leaveGroups();

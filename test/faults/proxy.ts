@@ -14,7 +14,8 @@ export interface SilentProxy {
   stop(): Promise<void>;
 }
 
-export async function startProxy(targetPort: () => number): Promise<SilentProxy> {
+/** @param delayMs that everything takes longer, each way */
+export async function startProxy(targetPort: () => number, delayMs = 0): Promise<SilentProxy> {
   const pairs = new Set<{ near: Socket; far: Socket; forgotten: boolean }>();
   let silent = false;
   const server = createServer((near) => {
@@ -24,7 +25,11 @@ export async function startProxy(targetPort: () => number): Promise<SilentProxy>
     const isMute = () => silent || pair.forgotten;
     const forward = (from: Socket, to: Socket) => {
       from.on('data', (chunk) => {
-        if (!isMute() && !to.destroyed) to.write(chunk);
+        const pass = () => {
+          if (!isMute() && !to.destroyed) to.write(chunk);
+        };
+        if (delayMs > 0) setTimeout(pass, delayMs);
+        else pass();
       });
       from.on('error', () => {});
       from.on('close', () => {

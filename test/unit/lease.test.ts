@@ -1,0 +1,107 @@
+import assert from 'node:assert/strict';
+import { test } from 'node:test';
+import { setTimeout as delay } from 'node:timers/promises';
+import pino from 'pino';
+import { keepLeases } from '../../worker/lease.ts';
+import type { RunningRequest } from '../../worker/run-request.ts';
+import { startSweeper } from '../../worker/sweeper.ts';
+import { eventually } from '../helpers/eventually.ts';
+
+/** What keeps a request with its worker, and takes it from one that is gone, when parts of Redis are away. */
+
+const log = pino({ level: 'silent' });
+
+function pretendToRun(node: string, writer: object | null): RunningRequest {
+  const request = { node, entry: '1-1', user: 'u', messageId: 'm', trace: '', payload: '', deliveries: 1 };
+  return { request, since: Date.now(), attempt: 1, writer } as unknown as RunningRequest;
+}
+
+test('leases are extended as soon as Redis is back, those of one node also when another fails', async () => {
+  const stop = new AbortController();
+  let reconnect = () => {};
+  const extended: string[] = [];
+  const ended = keepLeases({
+    worker: 'w',
+    leaseMs: 3_600_000,
+    timeoutMs: 3_600_000,
+    running: () => ['n1', 'n2'].map((node) => pretendToRun(node, null)),
+    redis: {
+      onReconnect(listener: () => void) {
+        reconnect = listener;
+        return () => {};
+      },
+      batch: async () => [],
+    },
+    queue: {
+      async extend(node: string) {
+        extended.push(node);
+        if (node === 'n1') throw new Error('away');
+        return [];
+      },
+    },
+    store: {},
+    log,
+    signal: stop.signal,
+  } as unknown as Parameters<typeof keepLeases>[0]);
+  reconnect();
+  // The pause between two batches is a tenth of an hour here: cut it short, too.
+  await eventually('the first batch', () => extended.includes('n1'));
+  stop.abort();
+  await ended;
+  await eventually('the second batch', () => extended.includes('n2'));
+});
+
+test('an answer that has ended here is not called lost because Redis has heard of its end', async () => {
+  const stop = new AbortController();
+  const lost: string[] = [];
+  const quiet = { fenced: false, lastAppendMs: 0 };
+  const running = ['ended', 'open'].map((name) => ({
+    ...pretendToRun('n1', { ...quiet, isEnded: name === 'ended' }),
+    lose: () => void lost.push(name),
+  }));
+  const ended = keepLeases({
+    worker: 'w',
+    leaseMs: 3_600_000,
+    timeoutMs: 3_600_000,
+    running: () => running,
+    redis: { onReconnect: () => () => {}, batch: async () => [] },
+    queue: {},
+    store: {
+      inspect: async (list: unknown[]) => list.map(() => ({ status: 'done', attempt: 1, owner: 'w' })),
+    },
+    log,
+    signal: stop.signal,
+  } as unknown as Parameters<typeof keepLeases>[0]);
+  await eventually('a look', () => lost.length > 0);
+  stop.abort();
+  await ended;
+  assert.deepEqual([...new Set(lost)], ['open']);
+});
+
+test('a node whose server is away does not hold up the retries of the others', async () => {
+  const stop = new AbortController();
+  const promoted: string[] = [];
+  const ended = startSweeper({
+    worker: 'w',
+    config: { LEASE_MS: 3_600_000, MAX_ATTEMPTS: 5 },
+    queue: {
+      async promoteDue(node: string) {
+        if (node === 'n1') throw new Error('away');
+        promoted.push(node);
+        return { moved: 0, nextMs: -1 };
+      },
+    },
+    registry: {},
+    nodes: () => ['n1', 'n2'],
+    room: () => 1,
+    held: () => [],
+    start() {},
+    onTakeovers() {},
+    log,
+    signal: stop.signal,
+  } as unknown as Parameters<typeof startSweeper>[0]);
+  await eventually('the other node', () => promoted.length > 0);
+  stop.abort();
+  await Promise.race([ended, delay(1_000)]);
+  assert.deepEqual([...new Set(promoted)], ['n2']);
+});
