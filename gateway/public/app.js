@@ -318,7 +318,7 @@ function ask(question) {
 
 function askAgain(turn) {
   if (openTurn()) return;
-  store.askAgain(turn);
+  store.askAgain(current, turn);
   delete turn.stopping;
   store.save(current);
   follow(current, turn);

@@ -14,7 +14,7 @@ const TITLE_LENGTH = 60;
 export function createConversationStore(userId, onChange) {
   const prefix = `rivulet:${userId}:c:`;
   const conversations = new Map();
-  /** Deleted here; a late write of another tab does not bring them back. */
+  /** Deleted here; a late write of another tab does not bring them back, neither here nor after a reload. */
   const deleted = new Set();
 
   for (const key of storageKeys()) {
@@ -30,7 +30,10 @@ export function createConversationStore(userId, onChange) {
     const id = event.key.slice(prefix.length);
     if (event.newValue === null) {
       if (!conversations.delete(id)) return;
-    } else if (!deleted.has(id)) {
+    } else if (deleted.has(id)) {
+      unstore(event.key);
+      return;
+    } else {
       const stored = parse(event.newValue);
       if (!stored || stored.id !== id) return;
       const own = conversations.get(id);
@@ -47,11 +50,10 @@ export function createConversationStore(userId, onChange) {
     /** The latest first. */
     list: () => [...conversations.values()].sort((a, b) => b.updatedAt - a.updatedAt),
 
+    /** An empty one, which is not listed and does not count before its first turn. */
     create() {
       const now = Date.now();
-      const conversation = { id: newId('c'), title: '', createdAt: now, updatedAt: now, turns: [] };
-      conversations.set(conversation.id, conversation);
-      return conversation;
+      return { id: newId('c'), title: '', createdAt: now, updatedAt: now, turns: [] };
     },
 
     addTurn(conversation, question) {
@@ -70,17 +72,18 @@ export function createConversationStore(userId, onChange) {
         known: false,
       };
       conversation.turns.push(turn);
-      conversation.updatedAt = now;
+      keep(conversation, now);
       if (!conversation.title) conversation.title = makeTitle(question);
       return turn;
     },
 
     /** Asks the same question anew, as another generation. */
-    askAgain(turn) {
+    askAgain(conversation, turn) {
+      const now = Date.now();
       Object.assign(turn, {
         messageId: newId('m'),
         tries: turn.tries + 1,
-        askedAt: Date.now(),
+        askedAt: now,
         status: 'sending',
         text: '',
         lastId: '',
@@ -89,10 +92,12 @@ export function createConversationStore(userId, onChange) {
         finishReason: undefined,
         error: undefined,
       });
+      keep(conversation, now);
     },
 
+    /** Nothing of one that is not listed any more, be it that another tab has deleted it. */
     save(conversation) {
-      if (deleted.has(conversation.id) || conversation.turns.length === 0) return;
+      if (conversations.get(conversation.id) !== conversation) return;
       const key = prefix + conversation.id;
       const stored = read(key);
       if (stored) merge(conversation, stored);
@@ -102,11 +107,7 @@ export function createConversationStore(userId, onChange) {
     remove(id) {
       conversations.delete(id);
       deleted.add(id);
-      try {
-        localStorage.removeItem(prefix + id);
-      } catch {
-        // Nothing was stored.
-      }
+      unstore(prefix + id);
     },
 
     restore(conversation) {
@@ -117,6 +118,12 @@ export function createConversationStore(userId, onChange) {
 
     close: () => window.removeEventListener('storage', onStorage),
   };
+
+  /** Also one that made room and is on screen still: a new question brings it back. */
+  function keep(conversation, now) {
+    conversation.updatedAt = now;
+    conversations.set(conversation.id, conversation);
+  }
 
   /** When the storage is full, the oldest conversations make room; the open page never depends on it. */
   function write(key, value) {
@@ -139,11 +146,7 @@ export function createConversationStore(userId, onChange) {
     const key = prefix + conversation.id;
     if (key === except) return;
     conversations.delete(conversation.id);
-    try {
-      localStorage.removeItem(key);
-    } catch {
-      // Storage is off.
-    }
+    unstore(key);
   }
 }
 
@@ -191,6 +194,14 @@ function storageKeys() {
     return Object.keys(localStorage);
   } catch {
     return [];
+  }
+}
+
+function unstore(key) {
+  try {
+    localStorage.removeItem(key);
+  } catch {
+    // Storage is off.
   }
 }
 
