@@ -54,10 +54,10 @@ const drafts = new Map();
 
 // -------------------------------------------------------------------------------------------------- connection
 
+/** Only what this page's own server names: whoever is dialled gets the token. */
 function gatewayUrls() {
   const own = new URL('/ws', location.href).href;
-  const given = (query.get('nodes') ?? '').split(',').filter(Boolean);
-  return [...new Set([own, ...given, ...pipelineUrls].map(socketUrl).filter(Boolean))];
+  return [...new Set([own, ...pipelineUrls].map(socketUrl).filter(Boolean))];
 }
 
 function socketUrl(text) {

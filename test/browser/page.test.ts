@@ -1,9 +1,12 @@
 import assert from 'node:assert/strict';
 import { createHmac } from 'node:crypto';
+import { once } from 'node:events';
 import { existsSync } from 'node:fs';
+import type { AddressInfo } from 'node:net';
 import { delimiter, join } from 'node:path';
 import { after, before, type TestContext, test } from 'node:test';
 import { type Browser, type BrowserContextOptions, chromium, type Page } from 'playwright-core';
+import { WebSocketServer } from 'ws';
 import { type GatewayProcess, type Stack, startStack } from '../helpers/stack.ts';
 
 /** The page in a real Chromium, on a real stack. */
@@ -165,6 +168,25 @@ test('a killed gateway in the middle: the page moves to the other one', async (t
   await ask(page, 'What is 6 * 7?');
   await waitForStatus(page, 'done');
   assert.match(await lastAnswer(page), /42/, 'and life goes on there');
+});
+
+test('a link cannot name a server: what it adds is never dialled, also when the own one is gone', async (t) => {
+  const doomed = await stack.addGateway({ node: 'left' });
+  const stranger = new WebSocketServer({ port: 0, host: '127.0.0.1' });
+  await once(stranger, 'listening');
+  t.after(() => stranger.close());
+  let dialled = 0;
+  stranger.on('connection', (socket) => {
+    dialled++;
+    socket.close();
+  });
+  const page = await openPage(t, { gateway: doomed, allow: /Failed to load|ERR_|WebSocket|CORS/ });
+  const { port } = stranger.address() as AddressInfo;
+  await page.goto(`${page.url()}&nodes=ws://127.0.0.1:${port}/ws`);
+  await page.waitForSelector('#nodes .card:nth-child(2)');
+  await doomed.kill();
+  await page.waitForFunction(() => /n1/.test(document.getElementById('connection-text')?.textContent ?? ''));
+  assert.equal(dialled, 0);
 });
 
 test('the stop button and Esc keep the partial text', async (t) => {
