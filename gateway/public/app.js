@@ -32,7 +32,7 @@ const token = takeToken();
 const pageDevice = `web-${randomLetters(8)}`;
 let store = createConversationStore(userId, onStored);
 let client = null;
-/** messageId → { answer, conversation, turn } for what this tab follows. */
+/** messageId → { answer, conversation, turn, stopping } for what this tab follows. */
 const followed = new Map();
 /** The conversation on screen; not stored before its first turn. */
 let current = null;
@@ -207,7 +207,14 @@ function follow(conversation, turn) {
         conversationId: conversation.id,
         history: historyBefore(conversation, turn),
       });
-  followed.set(turn.messageId, { answer, conversation, turn, interrupted: turn.known, resumedUntil: 0 });
+  followed.set(turn.messageId, {
+    answer,
+    conversation,
+    turn,
+    interrupted: turn.known,
+    resumedUntil: 0,
+    stopping: false,
+  });
 }
 
 /** The latest turns that fit, oldest first. */
@@ -291,11 +298,16 @@ function openTurn() {
   return current.turns.find(isOpen);
 }
 
+/** Asked for in this tab, of this attempt: a reload or another attempt can be stopped again. */
+function isStopping(turn) {
+  return followed.get(turn.messageId)?.stopping === true;
+}
+
 function stopAnswer() {
   const turn = openTurn();
   const entry = turn && followed.get(turn.messageId);
-  if (!entry || turn.stopping) return false;
-  turn.stopping = true;
+  if (!entry || entry.stopping) return false;
+  entry.stopping = true;
   entry.answer.cancel();
   draw(turn);
   drawComposer();
@@ -319,7 +331,6 @@ function ask(question) {
 function askAgain(turn) {
   if (openTurn()) return;
   store.askAgain(current, turn);
-  delete turn.stopping;
   store.save(current);
   follow(current, turn);
   drawThread();
@@ -496,7 +507,7 @@ function drawTurn(view, turn) {
   view.body.setAttribute('aria-busy', String(open));
   view.root.classList.toggle(
     'streaming',
-    open && turn.text !== '' && client?.state === 'ready' && !turn.stopping,
+    open && turn.text !== '' && client?.state === 'ready' && !isStopping(turn),
   );
   const { tone, text } = describeState(turn);
   view.state.hidden = text === '';
@@ -527,7 +538,7 @@ function describeState(turn) {
     return { tone: 'quiet', text: turn.text === '' ? 'The answer was empty' : '' };
   }
   const entry = followed.get(turn.messageId);
-  if (turn.stopping) return { tone: 'busy', text: 'Stopping…' };
+  if (entry?.stopping) return { tone: 'busy', text: 'Stopping…' };
   if (client?.state !== 'ready') {
     return turn.known
       ? { tone: 'warn', text: 'Connection lost. The answer goes on and will be picked up here.' }
@@ -634,11 +645,10 @@ function removeConversation(conversation) {
 function drawComposer() {
   const turn = people.shownKey ? undefined : openTurn();
   const send = $('send');
-  const stopping = turn?.stopping === true;
   send.classList.toggle('stops', turn !== undefined);
   send.setAttribute('aria-label', turn ? 'Stop the answer' : 'Send');
   send.title = turn ? 'Stop (Esc)' : 'Send (Enter)';
-  send.disabled = turn ? stopping : $('question').value.trim() === '';
+  send.disabled = turn ? isStopping(turn) : $('question').value.trim() === '';
 }
 
 function followEnd() {

@@ -296,6 +296,26 @@ test('two tabs of one user: both follow the answer', async (t) => {
   assert.equal(await lastAnswer(one), LONG_ANSWER, 'undo brings it back');
 });
 
+test('stopped in one tab, asked again in another: the new answer can be stopped in both', async (t) => {
+  const one = await openPage(t);
+  const two = await one.context().newPage();
+  await two.goto(one.url());
+  await two.waitForSelector('#connection[data-state=ready]');
+  await ask(one, `Repeat: ${LONG}`);
+  await two.click('.list-item');
+  await waitForText(two, 60);
+  await two.click('#send');
+  await Promise.all([waitForStatus(one, 'cancelled'), waitForStatus(two, 'cancelled')]);
+  await one.click('.turn-actions button:last-child');
+  await Promise.all([waitForText(one, 40), waitForText(two, 40)]);
+  assert.doesNotMatch((await two.textContent('.turn-state')) ?? '', /Stopping/);
+  await two.reload();
+  await waitForText(two, 40);
+  assert.ok(await two.isEnabled('#send'));
+  await two.click('#send');
+  await Promise.all([waitForStatus(one, 'cancelled'), waitForStatus(two, 'cancelled')]);
+});
+
 test('a worker killed in the middle: the answer starts over, the end is right', async (t) => {
   const page = await openPage(t);
   await ask(page, `Repeat: ${LONG}`);
