@@ -27,6 +27,10 @@ import type {
  * the last one = a double, dropped; next in line = taken; a hole = the log is read again by `resume`. A request
  * that the server does not know is submitted again under the same messageId, which never asks twice.
  *
+ * **In line**: a gateway keeps 64 frames of one client waiting and refuses more. So at most 32 frames wait for their
+ * replies, open answers and new questions first; the rest follows with the replies. What is refused as
+ * `rate_limited` all the same is written again after the time that the server names.
+ *
  * **Restarts**: `start` of a later attempt voids the text so far. `answer.text` is always the text of the current
  * attempt. An iterator cannot take back what it handed out, so it stays silent while the new attempt repeats that
  * text word for word (then nothing was lost), and otherwise goes on with the new attempt's whole text. Loops that
@@ -210,10 +214,12 @@ const STABLE_MS = 5_000; // a connection this old starts the backoff anew; young
 const SILENCE_MS = 10_000; // longest wait for the answer to a heartbeat
 const WAKE_SILENCE_MS = 3_000;
 const CLOSE_MS = 1_000; // for the closing handshake
-const MAX_OPEN_ANSWERS = 48; // a gateway keeps 64 frames of one client in line, and a reconnect sends one each
-const MAX_PENDING = 256; // sends, presence queries, and small frames kept while offline
+const MAX_OPEN_ANSWERS = 48;
+const MAX_PENDING = 256; // sends, presence queries, questions about groups
+const MAX_KEPT = 16; // frames without a reply, kept while offline
+const MAX_UNDER_WAY = 32; // frames without their reply; a gateway keeps 64 of one client in line
 const MAX_RESUBMISSIONS = 3; // of one request that the server does not know (again)
-const MAX_RESUME_RETRIES = 8; // of one answer, refused for the moment
+const MAX_RETRIES = 8; // of one answer or send, refused for the moment
 const ALL_SEEN_MS = 1_000; // an ended answer of which nothing more comes was asked for after its last frame
 const REMEMBERED_MESSAGES = 2_048; // from people, to drop doubles
 const PRESENCE_TIMEOUT_MS = 10_000;
@@ -264,7 +270,7 @@ class AnswerState {
   known = false;
   cancelWanted = false;
   resubmissions = 0;
-  resumeRetries = 0;
+  retries = 0;
   error: ClientError | null = null;
   readonly done: Promise<AnswerResult>;
   readonly readers = new Set<Reader>();
@@ -336,7 +342,7 @@ class AnswerState {
     this.last = id;
     this.known = true;
     this.position = null;
-    this.resumeRetries = 0;
+    this.retries = 0;
     switch (frame.type) {
       case 'start':
         this.#restart(id.attempt);
@@ -484,6 +490,7 @@ function readEnd(reader: Reader, text: string): void {
 
 interface PendingSend {
   frame: ClientFrameOf<'send'>;
+  retries: number;
   resolve: (sent: ServerFrameOf<'sent'>) => void;
   reject: (error: ClientError) => void;
 }
@@ -523,13 +530,20 @@ export function createClient(options: ClientOptions): Client {
   let lastError: ServerFrameOf<'error'> | null = null;
   let inboxAfter = options.inboxAfter;
 
-  const timers = new Map<'dial' | 'retry' | 'beat' | 'silence' | 'stable', ReturnType<typeof setTimeout>>();
+  const timers = new Map<
+    'dial' | 'retry' | 'beat' | 'silence' | 'stable' | 'pause',
+    ReturnType<typeof setTimeout>
+  >();
   const resumeTimers = new Map<string, ReturnType<typeof setTimeout>>();
   const states = new Map<string, AnswerState>();
   const answers = new Map<string, Answer>();
   const sends = new Map<string, PendingSend>();
   const presences: PendingPresence[] = [];
   const questions: PendingQuestion[] = [];
+  /** Answers of which the server is to be told. */
+  const unasked = new Set<AnswerState>();
+  /** Written to this connection, and without a reply. */
+  const underWay = new Set<AnswerState | PendingSend | PendingPresence | PendingQuestion>();
   /** Small frames asked for while offline. */
   const outbox: ClientFrame[] = [];
   const seenMessages = new Set<string>();
@@ -618,14 +632,44 @@ export function createClient(options: ClientOptions): Client {
       failures = 0;
     });
     scheduleHeartbeat();
+    for (const answer of states.values()) unasked.add(answer);
     emit('ready', frame);
     for (const waiter of connectWaiters) waiter.resolve(frame);
     connectWaiters.clear();
-    for (const question of questions) writeQuestion(question);
     for (const frame of outbox.splice(0)) write(frame);
-    for (const pending of sends.values()) write(pending.frame);
-    for (const pending of presences) write(pending.frame);
-    for (const answer of [...states.values()]) submit(answer);
+    advance();
+  }
+
+  /** Writes what waits, as far as the gateway has room for it in its line. */
+  function advance(): void {
+    if (state !== 'ready' || timers.has('pause')) return;
+    for (const answer of unasked) {
+      if (underWay.size >= MAX_UNDER_WAY) return;
+      unasked.delete(answer);
+      submit(answer);
+    }
+    if (underWay.size >= MAX_UNDER_WAY) return;
+    for (const pending of [...questions, ...sends.values(), ...presences]) {
+      if (underWay.has(pending)) continue;
+      underWay.add(pending);
+      if ('timer' in pending) startTimer(pending);
+      write(pending.frame);
+      if (underWay.size >= MAX_UNDER_WAY) return;
+    }
+  }
+
+  /** It has its reply, or none will come. */
+  function settle(pending: AnswerState | PendingSend | PendingPresence | PendingQuestion): void {
+    if (underWay.delete(pending)) advance();
+  }
+
+  /** The server takes nothing for a while. */
+  function pause(retryAfterMs: number, retries: number): void {
+    setTimer('pause', retryDelayMs(retryAfterMs, retries), advance);
+  }
+
+  function retryDelayMs(retryAfterMs: number, retries: number): number {
+    return Math.max(retryAfterMs, Math.min(maxMs, baseMs * 2 ** retries));
   }
 
   function scheduleHeartbeat(): void {
@@ -651,8 +695,10 @@ export function createClient(options: ClientOptions): Client {
     dropSocket();
     clearTimers();
     session = null;
+    unasked.clear();
+    underWay.clear();
     for (const answer of states.values()) answer.connectionLost();
-    for (const question of questions) clearTimeout(question.timer);
+    for (const question of questions) stopTimer(question);
     if (code >= 4500 && code <= 4999) {
       closeForGood(
         new ClientError(closeReason(code), lastError?.message ?? (reason || `closed with code ${code}`), {
@@ -693,11 +739,13 @@ export function createClient(options: ClientOptions): Client {
     session = null;
     clearTimers();
     outbox.length = 0;
+    unasked.clear();
+    underWay.clear();
     for (const waiter of connectWaiters) waiter.reject(error);
     connectWaiters.clear();
     for (const pending of [...sends.values(), ...presences.splice(0)]) pending.reject(error);
     for (const question of questions.splice(0)) {
-      clearTimeout(question.timer);
+      stopTimer(question);
       question.reject(error);
     }
     sends.clear();
@@ -717,14 +765,14 @@ export function createClient(options: ClientOptions): Client {
     }
   }
 
-  /** For frames that nothing else sends again. */
+  /** For frames that have no reply and that nothing else sends again. */
   function writeOrKeep(frame: ClientFrame): void {
     if (state === 'closed') throw closeError!;
     if (state === 'ready') {
       write(frame);
       return;
     }
-    if (outbox.length >= MAX_PENDING)
+    if (outbox.length >= MAX_KEPT)
       throw new ClientError('too_many_pending', 'Too many frames are waiting for a connection.', {
         temporary: true,
       });
@@ -766,8 +814,7 @@ export function createClient(options: ClientOptions): Client {
         takeError(frame);
         return;
       case 'sent': {
-        sends.get(frame.messageId)?.resolve(frame);
-        sends.delete(frame.messageId);
+        endSend(frame.messageId)?.resolve(frame);
         emit('sent', frame);
         return;
       }
@@ -778,7 +825,7 @@ export function createClient(options: ClientOptions): Client {
         const index = presences.findIndex((pending) =>
           Object.keys(frame.online).every((user) => pending.frame.userIds.includes(user)),
         );
-        if (index >= 0) presences.splice(index, 1)[0]!.resolve(frame.online);
+        if (index >= 0) endPresence(presences[index]!).resolve(frame.online);
         emit('presence', frame);
         return;
       }
@@ -822,7 +869,7 @@ export function createClient(options: ClientOptions): Client {
     if (!answer) return;
     const wasKnown = answer.known;
     answer.known = true;
-    answer.resumeRetries = 0;
+    answer.retries = 0;
     if (frame.type === 'resumed') {
       answer.healed();
       if (!frame.recovered || frame.compacted) answer.expectReplay(frame.compacted);
@@ -835,6 +882,7 @@ export function createClient(options: ClientOptions): Client {
     }
     // A cancel that came before the server knew of the request was held back: it could have overtaken it.
     if (answer.cancelWanted && !wasKnown) write({ type: 'cancel', messageId: answer.messageId });
+    if (frame.type !== 'queued') settle(answer);
     emit(frame.type, frame as never);
   }
 
@@ -863,15 +911,22 @@ export function createClient(options: ClientOptions): Client {
   function takeRejection(frame: ServerFrameOf<'rejected'>): void {
     const { code, messageId } = frame;
     const answer = states.get(messageId);
-    if (answer) handleRejected(answer, frame);
+    if (answer) {
+      underWay.delete(answer);
+      handleRejected(answer, frame);
+    }
     const pending = sends.get(messageId);
-    if (pending && code !== 'shutting_down') {
-      sends.delete(messageId);
+    if (pending && code === 'rate_limited' && pending.retries < MAX_RETRIES) {
+      underWay.delete(pending);
+      pause(frame.retryAfterMs ?? 0, pending.retries++);
+    } else if (pending && code !== 'shutting_down') {
+      endSend(messageId);
       pending.reject(rejectionOf(frame));
     }
     emit('rejected', frame);
     if (answer?.ended) emitEnded(answer);
     if (code === 'shutting_down' && (answer || pending)) moveOn('the node is shutting down');
+    advance();
   }
 
   function handleRejected(answer: AnswerState, frame: ServerFrameOf<'rejected'>): void {
@@ -890,10 +945,13 @@ export function createClient(options: ClientOptions): Client {
         submit(answer);
         return;
       }
-    } else if (temporary && (answer.known || !answer.request) && answer.resumeRetries < MAX_RESUME_RETRIES) {
+    } else if (code === 'rate_limited' && answer.retries < MAX_RETRIES) {
+      unasked.add(answer);
+      pause(retryAfterMs, answer.retries++);
+      return;
+    } else if (temporary && (answer.known || !answer.request) && answer.retries < MAX_RETRIES) {
       // It exists, only reading it was refused for now.
-      const waitMs = Math.max(retryAfterMs, Math.min(maxMs, baseMs * 2 ** answer.resumeRetries++));
-      setResumeTimer(answer, waitMs, () => submit(answer));
+      setResumeTimer(answer, retryDelayMs(retryAfterMs, answer.retries++), () => tell(answer));
       return;
     }
     answer.fail(rejectionOf(frame));
@@ -909,10 +967,12 @@ export function createClient(options: ClientOptions): Client {
       answer.fail(new ClientError(frame.code, frame.message));
       forget(answer);
     }
-    const pending = typeof messageId === 'string' ? sends.get(messageId) : undefined;
-    if (pending) {
-      sends.delete(pending.frame.messageId);
-      pending.reject(new ClientError(frame.code, frame.message));
+    const pending = typeof messageId === 'string' ? endSend(messageId) : undefined;
+    pending?.reject(new ClientError(frame.code, frame.message));
+    if (frame.code === 'rate_limited' && messageId === undefined) {
+      // It does not say which frame: questions about groups may be asked twice.
+      pause(frame.retryAfterMs ?? 0, 0);
+      for (const question of questions) underWay.delete(question);
     }
     const asked = questions.find((question) => frame.message?.startsWith(`${question.frame.type}: `));
     if (asked) {
@@ -936,18 +996,37 @@ export function createClient(options: ClientOptions): Client {
     emit(frame.type, frame as never);
   }
 
-  function endQuestion(question: PendingQuestion): void {
-    clearTimeout(question.timer);
-    questions.splice(questions.indexOf(question), 1);
+  function endSend(messageId: string): PendingSend | undefined {
+    const pending = sends.get(messageId);
+    if (!pending) return undefined;
+    sends.delete(messageId);
+    settle(pending);
+    return pending;
   }
 
-  function writeQuestion(question: PendingQuestion): void {
-    clearTimeout(question.timer);
-    question.timer = setTimeout(() => {
+  function endPresence(pending: PendingPresence): PendingPresence {
+    presences.splice(presences.indexOf(pending), 1);
+    settle(pending);
+    return pending;
+  }
+
+  function endQuestion(question: PendingQuestion): void {
+    stopTimer(question);
+    questions.splice(questions.indexOf(question), 1);
+    settle(question);
+  }
+
+  /** It runs while there is a connection, however often the question is written to it. */
+  function startTimer(question: PendingQuestion): void {
+    question.timer ??= setTimeout(() => {
       endQuestion(question);
       question.reject(new ClientError('timeout', 'No answer about the group.', { temporary: true }));
     }, QUESTION_TIMEOUT_MS);
-    write(question.frame);
+  }
+
+  function stopTimer(question: PendingQuestion): void {
+    clearTimeout(question.timer);
+    question.timer = undefined;
   }
 
   function ask<T>(frame: PendingQuestion['frame']): Promise<T> {
@@ -962,7 +1041,7 @@ export function createClient(options: ClientOptions): Client {
       const question: PendingQuestion = { frame, timer: undefined, resolve, reject };
       questions.push(question);
       start();
-      if (state === 'ready') writeQuestion(question);
+      advance();
     });
     asked.catch(() => {}); // nobody has to look at it
     return asked;
@@ -992,7 +1071,13 @@ export function createClient(options: ClientOptions): Client {
 
   // ------------------------------------------------------------------------------------------------ answers
 
-  /** Tells the server about an answer, in the way that fits what it knows. */
+  /** Tells the server about an answer, as soon as it has room. */
+  function tell(answer: AnswerState): void {
+    unasked.add(answer);
+    advance();
+  }
+
+  /** Does so now, in the way that fits what the server knows. */
   function submit(answer: AnswerState): void {
     const { request, messageId } = answer;
     if (!request || answer.known || (answer.cancelWanted && answer.sent)) {
@@ -1008,11 +1093,13 @@ export function createClient(options: ClientOptions): Client {
       return;
     }
     answer.sent = true;
+    underWay.add(answer);
     write(request);
   }
 
   function resumeAnswer(answer: AnswerState): void {
     answer.sent = true;
+    underWay.add(answer);
     const after = answer.lastId;
     write({ type: 'resume', messageId: answer.messageId, ...(after ? { after } : {}) });
   }
@@ -1024,7 +1111,7 @@ export function createClient(options: ClientOptions): Client {
       answer.endUnsent();
       forget(answer);
       emitEnded(answer);
-    } else if (state === 'ready' && answer.known) {
+    } else if (state === 'ready' && answer.known && !unasked.has(answer)) {
       write({ type: 'cancel', messageId: answer.messageId });
     }
     return answer.done;
@@ -1036,6 +1123,8 @@ export function createClient(options: ClientOptions): Client {
     answers.delete(answer.messageId);
     clearTimeout(resumeTimers.get(answer.messageId));
     resumeTimers.delete(answer.messageId);
+    unasked.delete(answer);
+    settle(answer);
   }
 
   function follow(
@@ -1099,7 +1188,7 @@ export function createClient(options: ClientOptions): Client {
     }
     if (answer.ended) return handle;
     start();
-    if (state === 'ready') submit(answer);
+    if (state === 'ready') tell(answer);
     return handle;
   }
 
@@ -1177,9 +1266,9 @@ export function createClient(options: ClientOptions): Client {
       return new Promise((resolve, reject) => {
         const recipient = 'user' in to ? { user: String(to.user) } : { group: to.group };
         const frame: ClientFrameOf<'send'> = { type: 'send', messageId, to: recipient, contents };
-        sends.set(messageId, { frame, resolve, reject });
+        sends.set(messageId, { frame, retries: 0, resolve, reject });
         start();
-        if (state === 'ready') write(frame);
+        advance();
       });
     },
 
@@ -1203,8 +1292,7 @@ export function createClient(options: ClientOptions): Client {
       return new Promise((resolve, reject) => {
         const frame: ClientFrameOf<'presence'> = { type: 'presence', userIds: userIds.map(String) };
         const timer = setTimeout(() => {
-          const index = presences.indexOf(pending);
-          if (index >= 0) presences.splice(index, 1);
+          endPresence(pending);
           reject(new ClientError('timeout', 'No answer to the presence query.', { temporary: true }));
         }, timeoutMs);
         const pending: PendingPresence = {
@@ -1220,7 +1308,7 @@ export function createClient(options: ClientOptions): Client {
         };
         presences.push(pending);
         start();
-        if (state === 'ready') write(frame);
+        advance();
       });
     },
 

@@ -752,8 +752,8 @@ test('people: send until sent, messages once, presence, groups, ack', async (t) 
   const online = client.presence([20002, 'x']);
   const again = await server.accept();
   assert.equal((await again.ready()).inboxAfter, '6-0');
-  await again.next('join');
   assert.equal((await again.next('ack')).id, '6-1');
+  await again.next('join');
   assert.equal((await again.next('send')).messageId, 'd1', 'not confirmed: sent again under the same id');
   assert.deepEqual((await again.next('presence')).userIds, ['20002', 'x']);
   again.send({ ...message, id: '6-0', messageId: 'a', contents: 'one' });
@@ -797,6 +797,90 @@ test('questions about groups: answered, refused by name, asked again after a rec
   await client.close();
   assert.equal(await codeOf(last), 'closed');
   assert.equal(await codeOf(client.leave('g9')), 'closed');
+});
+
+test('a long line: open answers and new questions first, the rest as replies come', async (t) => {
+  const server = await startServer(t);
+  const client = startClient(t, server.url);
+  const sending = Array.from({ length: 200 }, (_, index) =>
+    client.send({ user: 20002 }, 'hi', { messageId: `d${index}` }),
+  );
+  const presences = Array.from({ length: 40 }, () => client.presence(['20002']));
+  const joins = Array.from({ length: 40 }, (_, index) => client.join(`g${index}`));
+  const answer = client.chat('x', { messageId: 'm1' });
+  const peer = await server.accept();
+  await peer.ready();
+  await peer.next('chat');
+  peer.send(accepted('m1'), start('m1', 1), done('m1', '1-1', 0));
+  await answer.done;
+  const written: string[] = [];
+  for (let left = 280; left > 0; left--) {
+    const frame = await peer.next(left > 240 ? 'join' : left > 40 ? 'send' : 'presence');
+    peer.socket.ping();
+    await once(peer.socket, 'pong');
+    assert.ok(peer.waitingFrames.length <= 31, `${peer.waitingFrames.length + 1} frames without a reply`);
+    if (frame.type === 'join') peer.send({ type: 'joined', group: frame.group, members: 1 });
+    else if (frame.type === 'presence') peer.send({ type: 'presence', online: {} });
+    else {
+      written.push(frame.messageId as string);
+      peer.send({ type: 'sent', messageId: frame.messageId, id: '9-0', online: 0 });
+    }
+  }
+  await Promise.all([...sending, ...presences, ...joins]);
+  assert.deepEqual(
+    written,
+    sending.map((_, index) => `d${index}`),
+  );
+  await peer.quiet();
+});
+
+test('refused as too fast: what was refused is written again after the time that the server names', async (t) => {
+  const { client, peer } = await connected(t);
+  const refusal = { temporary: true, retryAfterMs: 150 };
+  const first = client.send({ user: 20002 }, 'first', { messageId: 'd1' });
+  const second = client.send({ user: 20002 }, 'second', { messageId: 'd2' });
+  const answer = client.chat('x', { messageId: 'm1' });
+  const group = client.join('g1');
+  for (const type of ['send', 'send', 'chat', 'join']) await peer.next(type);
+  const before = Date.now();
+  peer.send(rejected('d1', 'rate_limited', refusal), rejected('d2', 'rate_limited', refusal));
+  peer.send(rejected('m1', 'rate_limited', refusal));
+  peer.send({ type: 'error', code: 'rate_limited', message: 'slow down', retryAfterMs: 150 });
+  const event = nextEvent(client, 'error');
+  await event;
+  const third = client.send({ user: 20002 }, 'third', { messageId: 'd3' });
+  await peer.quiet();
+  assert.equal((await peer.next('chat')).messageId, 'm1');
+  assert.ok(Date.now() - before >= 140, 'nothing before that, not even what is new');
+  await peer.next('join');
+  for (const id of ['d1', 'd2', 'd3']) {
+    assert.equal((await peer.next('send')).messageId, id, 'in their order');
+    peer.send({ type: 'sent', messageId: id, id: '9-0', online: 0 });
+  }
+  peer.send({ type: 'joined', group: 'g1', members: 1 }, accepted('m1'), start('m1', 1));
+  peer.send(done('m1', '1-1', 0));
+  await Promise.all([first, second, third, group, answer.done]);
+});
+
+test('refused as too fast for ever: told after a bounded number of tries; cancelled meanwhile, it ends', async (t) => {
+  const { client, peer } = await connected(t, { reconnectBaseMs: 1, reconnectMaxMs: 1 });
+  const refusal = { temporary: true, retryAfterMs: 5 };
+  const sending = client.send({ user: 20002 }, 'x', { messageId: 'd1' });
+  for (let tries = 0; tries < 9; tries++) {
+    await peer.next('send');
+    peer.send(rejected('d1', 'rate_limited', refusal));
+  }
+  const error = await errorOf(sending);
+  assert.deepEqual([error.code, error.temporary, error.retryAfterMs], ['rate_limited', true, 5]);
+  const answer = client.chat('x', { messageId: 'm1' });
+  await peer.next('chat');
+  peer.send(rejected('m1', 'rate_limited', { ...refusal, retryAfterMs: 50 }));
+  await nextEvent(client, 'rejected');
+  const cancelled = answer.cancel();
+  await peer.next('resume');
+  await peer.next('cancel');
+  peer.send(rejected('m1', 'unknown_message'), rejected('m1', 'unknown_message'));
+  assert.equal((await cancelled).status, 'cancelled');
 });
 
 test('close is final, ends everything, and leaves nothing behind', async (t) => {
