@@ -565,8 +565,12 @@ function describeState(turn) {
   return { tone: 'quiet', text: '' };
 }
 
-function describeError({ code, message } = {}) {
+function describeError({ code, message, temporary } = {}) {
   switch (code) {
+    case 'content_refused':
+      return temporary
+        ? 'Your question could not be checked just now. Please try again in a moment.'
+        : message || 'The rules of this server do not allow this question.';
     case 'queue_full':
       return 'Everyone is asking at once: the queue is full. Please try again in a moment.';
     case 'too_many_active':

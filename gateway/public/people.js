@@ -217,7 +217,7 @@ export function createPeopleView(parts) {
           tries = 0;
           endMessage(thread, message, {
             state: 'failed',
-            error: { code: error.code, message: error.message },
+            error: { code: error.code, message: error.message, temporary: error.temporary },
           });
           if (error.code === 'forbidden' && thread.kind === 'group') void syncGroups();
         }
@@ -998,12 +998,14 @@ function linkify(text) {
   return nodes;
 }
 
-function describeFailure({ code, message } = {}) {
+function describeFailure({ code, message, temporary } = {}) {
   switch (code) {
     case 'forbidden':
       return 'Not sent: you may not write here.';
     case 'content_refused':
-      return 'Not sent: the rules of this server do not allow it.';
+      return temporary
+        ? 'Not sent: it could not be checked just now. Please try again in a moment.'
+        : 'Not sent: the rules of this server do not allow it.';
     case 'payload_too_large':
       return 'Not sent: it is too long.';
     case 'rate_limited':

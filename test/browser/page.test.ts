@@ -66,6 +66,8 @@ async function openPage(
     context?: BrowserContextOptions;
     /** What the page must say of its connection before the test goes on. */
     connection?: 'ready' | 'off';
+    /** Done with the page before it is loaded. */
+    prepare?: (page: Page) => Promise<void>;
     /** Complaints that belong to the test, such as those about a server that was killed. */
     allow?: RegExp;
   } = {},
@@ -83,6 +85,7 @@ async function openPage(
     await context.close();
     assert.deepEqual(complaints, []);
   });
+  await options.prepare?.(page);
   const { http } = options.gateway ?? stack.gateways[0]!;
   await page.goto(`${http}/?userId=${options.user ?? `page-${++users}`}`);
   await page.waitForSelector(`#connection[data-state=${options.connection ?? 'ready'}]`);
@@ -362,6 +365,39 @@ test('narrow and dark: nothing sticks out, drawers open and close', async (t) =>
   assert.ok(await fits());
   await page.tap('#close-pipeline');
   await page.waitForSelector('#nodes', { state: 'hidden' });
+});
+
+test('not checked for the moment: a question and a message say to try again, not that they are forbidden', async (t) => {
+  const page = await openPage(t, {
+    prepare: (blank) =>
+      blank.routeWebSocket(/\/ws/, (socket) => {
+        const server = socket.connectToServer();
+        socket.onMessage((data) => {
+          const { type, messageId } = JSON.parse(String(data)) as { type: string; messageId: string };
+          if (type !== 'chat' && type !== 'send') server.send(data);
+          else
+            socket.send(
+              JSON.stringify({
+                type: 'rejected',
+                messageId,
+                code: 'content_refused',
+                message: 'Moderation cannot be reached.',
+                temporary: true,
+                retryAfterMs: 20,
+              }),
+            );
+        });
+      }),
+  });
+  await ask(page, 'a question');
+  await waitForStatus(page, 'failed');
+  assert.match((await page.textContent('.turn-state')) ?? '', /could not be checked.*try again/i);
+  await page.waitForSelector('.turn-actions button:has-text("Try again")');
+  await page.click('#add-person');
+  await page.fill('#add-input', 'ben');
+  await page.keyboard.press('Enter');
+  await ask(page, 'a message');
+  await page.locator('#messages', { hasText: /Not sent: .*could not be checked.*try again/i }).waitFor();
 });
 
 test('another name: checked, remembered, with its own conversations', async (t) => {
