@@ -233,7 +233,7 @@ function historyBefore(conversation, turn) {
 
 function takeProgress(entry) {
   const { answer, turn, conversation } = entry;
-  if (!isOpen(turn)) return;
+  if (!isOpen(turn) || turn.messageId !== answer.messageId) return; // another tab has asked it again
   if (entry.interrupted) {
     entry.interrupted = false;
     if (answer.status === 'running' || answer.status === 'queued') {
@@ -259,6 +259,7 @@ function takeEnd({ messageId, error }) {
   if (!entry) return;
   followed.delete(messageId);
   const { answer, turn, conversation } = entry;
+  if (turn.messageId !== answer.messageId) return; // another tab has asked it again
   if (error && (error.closeCode !== undefined || error.code === 'closed')) {
     draw(turn); // we are cut off, the answer is not over
     return;
