@@ -40,7 +40,7 @@ export interface HttpAnswer {
   status: number;
   headers?: Record<string, string>;
   body?: string | Uint8Array;
-  /** Instead of a body: called once the head is out, writes when it likes. */
+  /** Instead of a body: called once the head is out, writes when it likes. With a closed stream if the client left before. */
   stream?: (stream: HttpStream) => StreamPeer;
 }
 
@@ -413,23 +413,29 @@ export function listen(
       body: Buffer.alloc(0),
       address: Buffer.from(response.getRemoteAddressAsText()).toString(),
     };
-    let aborted = false;
+    let hasAnswer = false;
+    let hasLeft = false;
     let stream: ResponseStream | null = null;
     /** @param cut the rest of the request is not wanted: the connection goes with the answer */
     const reply = (answer: HttpAnswer, cut = false) => {
-      if (aborted) return;
-      aborted = true;
+      if (hasAnswer) return;
+      hasAnswer = true;
       if (!answer.stream) {
-        response.cork(() => writeAnswer(response, answer, call.method === 'HEAD', cut));
+        if (!hasLeft) response.cork(() => writeAnswer(response, answer, call.method === 'HEAD', cut));
         return;
       }
       stream = new ResponseStream(response, (gone) => streams.delete(gone));
+      if (hasLeft) {
+        stream.aborted();
+        answer.stream(stream).onClose(); // whoever made it lets go of it
+        return;
+      }
       streams.add(stream);
       response.cork(() => writeHead(response, answer));
       stream.peer = answer.stream(stream);
     };
     response.onAborted(() => {
-      aborted = true;
+      hasLeft = true;
       stream?.aborted();
     });
     // Looked at when bytes come, never by a timer: uWS closes silent and dripping bodies itself, and sometimes frees
@@ -439,7 +445,7 @@ export function listen(
     const parts: Buffer[] = [];
     let size = 0;
     response.onData((chunk, isLast) => {
-      if (aborted) return;
+      if (hasAnswer || hasLeft) return;
       size += chunk.byteLength;
       if (size > BODY_BYTES) {
         reply({ status: 413, body: `A request body may have ${BODY_BYTES} bytes.\n` }, true);

@@ -1,4 +1,6 @@
 import assert from 'node:assert/strict';
+import { createServer, type ServerResponse } from 'node:http';
+import type { AddressInfo } from 'node:net';
 import { after, before, test } from 'node:test';
 import {
   DefaultChatTransport,
@@ -575,4 +577,51 @@ test('HTTP: a long silence is kept alive, and a client that has left is forgotte
   );
   const stopped = await fetch(`${http}/api/chat/left/stop?userId=21041`, { method: 'POST' });
   assert.deepEqual(await stopped.json(), { success: true, stopped: true });
+});
+
+test('HTTP: a client that leaves before it is answered holds nothing', async (t) => {
+  const waiting: ServerResponse[] = [];
+  const hook = createServer((request, response) => {
+    request.resume();
+    waiting.push(response);
+  });
+  await new Promise<void>((resolve) => hook.listen(0, '127.0.0.1', resolve));
+  t.after(() => hook.close());
+  const limit = 3;
+  const gateway = await stack.addGateway({
+    node: 'leavers',
+    env: {
+      CONNECTIONS_PER_ADDRESS: String(limit),
+      TRUSTED_PROXIES: '127.0.0.1', // our own address is not limited
+      MODERATION_URL: `http://127.0.0.1:${(hook.address() as AddressInfo).port}`,
+      MODERATION_TIMEOUT_MS: '20000',
+    },
+  });
+  t.after(() => gateway.kill());
+  const call = (path: string, more: RequestInit = {}) =>
+    fetch(`${gateway.http}/api/chat${path}?userId=21060`, {
+      headers: { 'x-forwarded-for': '203.0.113.9' },
+      ...more,
+    });
+  const leavers = Array.from({ length: limit }, (_, index) => {
+    const controller = new AbortController();
+    const body = { id: `leaver-${index}`, messages: [user('u1', 'x')], ...parameters(2_000, 10) };
+    const answer = call('', { method: 'POST', signal: controller.signal, body: JSON.stringify(body) });
+    return { controller, answer };
+  });
+  await eventually('questions to the hook', () => waiting.length === limit);
+  assert.equal((await call('/none/stream')).status, 429);
+  for (const { controller, answer } of leavers) {
+    controller.abort();
+    await assert.rejects(answer, /abort/);
+  }
+  for (const response of waiting.splice(0)) response.end('{"allow":true}');
+  await eventually('a free place', async () => (await call('/none/stream')).status === 204);
+  await eventually('nobody follows', async () =>
+    /rivulet_generations_followed 0\n/.test(await (await fetch(`${gateway.http}/metrics`)).text()),
+  );
+  for (let index = 0; index < limit; index++) {
+    const stopped = await call(`/leaver-${index}/stop`, { method: 'POST' });
+    assert.deepEqual(await stopped.json(), { success: true, stopped: true }, 'the answer goes on');
+  }
 });
