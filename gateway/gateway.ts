@@ -15,6 +15,7 @@ import { createRequestQueue } from '../shared/request-queue.ts';
 import { createTracing } from '../shared/tracing.ts';
 import { createAdmission } from './admission.ts';
 import { createAiDesk } from './ai/ai-desk.ts';
+import { createAiDoor } from './ai/ai-door.ts';
 import { AiSession, type AiSessionParts } from './ai/ai-session.ts';
 import { createAuthenticate, readBearer } from './authenticate.ts';
 import { createClientAddress } from './client-address.ts';
@@ -130,6 +131,8 @@ export async function startGateway(config: GatewayConfig, log: Logger): Promise<
 
     const { policies, stop: stopPolicies } = await createPolicies(config, log);
     closers.push(stopPolicies);
+    const aiDoor = createAiDoor({ redis, keys, log });
+    closers.push(() => aiDoor.stop());
     const people = await createPeople({
       config,
       instance: lease.instance,
@@ -137,6 +140,7 @@ export async function startGateway(config: GatewayConfig, log: Logger): Promise<
       keys,
       registry,
       policies,
+      closeOthers: aiDoor.closeUser,
       metrics,
       log,
       signal: stopping.signal,
@@ -265,9 +269,10 @@ export async function startGateway(config: GatewayConfig, log: Logger): Promise<
 
     const { authenticate, rates } = sessionParts;
     const { MAX_FRAME_BYTES: maxFrameBytes } = config;
-    const aiDesk = createAiDesk({ node, keys, redis, store, queue, desk, delivery, metrics });
+    const aiDesk = createAiDesk({ node, keys, redis, store, queue, desk, delivery, door: aiDoor, metrics });
     const aiParts: AiSessionParts = {
       aiDesk,
+      door: aiDoor,
       authenticate,
       metrics,
       rates,
@@ -277,6 +282,7 @@ export async function startGateway(config: GatewayConfig, log: Logger): Promise<
     };
     const aiChat = createAiChat({
       aiDesk,
+      door: aiDoor,
       authenticate,
       rates,
       addressLimit,

@@ -87,6 +87,8 @@ export function createMailboxes(parts: {
   inboxes: Inboxes;
   live: () => LiveNodes;
   devicePolicy: DevicePolicy;
+  /** Closes what else the user has here. */
+  closeOthers(user: string, code: number, reason: string): void;
   counters: { delivered(count: number): void; gap(): void };
   log: Logger;
 }) {
@@ -424,6 +426,7 @@ export function createMailboxes(parts: {
     for (const mailbox of of(user!))
       if (connectionIds.length === 0 || connectionIds.includes(mailbox.owner.connectionId))
         mailbox.owner.closeWith(Number(code), reason);
+    if (connectionIds.length === 0) parts.closeOthers(user!, Number(code), reason);
   }
 
   // ----------------------------------------------------------------------------------------------------- sweep

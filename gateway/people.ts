@@ -20,6 +20,8 @@ export async function createPeople(parts: {
   keys: Keys;
   registry: NodeRegistry;
   policies: Policy[];
+  /** Closes what a user has here beside mailboxes. */
+  closeOthers(user: string, code: number, reason: string): void;
   metrics: GatewayMetrics;
   log: Logger;
   signal: AbortSignal;
@@ -41,6 +43,7 @@ export async function createPeople(parts: {
     inboxes,
     live,
     devicePolicy: config.DEVICE_POLICY,
+    closeOthers: parts.closeOthers,
     counters: {
       delivered: (count) => metrics.messagesDelivered.inc(count),
       gap: () => metrics.inboxGaps.inc(),

@@ -8,6 +8,7 @@ import type { AdmissionDesk } from '../admission.ts';
 import { cancelGeneration } from '../cancel.ts';
 import type { Delivery, Follower, Subscription } from '../delivery.ts';
 import type { GatewayMetrics } from '../metrics.ts';
+import type { AiDoor } from './ai-door.ts';
 import { type Chunk, type ChunkWriter, createChunkWriter } from './chunks.ts';
 import { conversationOf, type Question } from './questions.ts';
 
@@ -28,6 +29,7 @@ export interface DeskParts {
   queue: RequestQueue;
   desk: AdmissionDesk;
   delivery: Delivery;
+  door: AiDoor;
   metrics: GatewayMetrics;
 }
 
@@ -99,7 +101,7 @@ function hasEnded(subscription: Subscription): boolean {
 export type AiDesk = ReturnType<typeof createAiDesk>;
 
 export function createAiDesk(parts: DeskParts) {
-  const { node, keys, redis, store, desk, delivery, metrics } = parts;
+  const { node, keys, redis, store, desk, delivery, door, metrics } = parts;
 
   function follow(stream: AiStream): Subscription {
     const subscription = delivery.hold(stream, stream.user, stream.messageId);
@@ -129,16 +131,6 @@ export function createAiDesk(parts: DeskParts) {
     return true;
   }
 
-  /** The native door looks at this when it binds a user; here every call is a door. */
-  async function assertAllowed(user: string): Promise<void> {
-    const [banned, lockedUntil] = await retrying(() =>
-      redis.client.hmget(keys.access(user), 'banned', 'lockedUntil'),
-    );
-    if (banned != null) throw new RivuletError('banned');
-    const retryAfterMs = Number(lockedUntil ?? 0) - Date.now();
-    if (retryAfterMs > 0) throw new RivuletError('locked', undefined, { retryAfterMs });
-  }
-
   return {
     /**
      * Asks, or joins the answer to the same question. An answer that failed or was cancelled is not given again:
@@ -146,7 +138,7 @@ export function createAiDesk(parts: DeskParts) {
      * @throws RivuletError with the code of the refusal
      */
     async ask(user: string, question: Question, sink: Sink, resets: boolean): Promise<AiStream> {
-      await assertAllowed(user);
+      await door.assertAllowed(user);
       const chat = question.conversationId!;
       for (let attempt = 1; attempt <= MOST_TRIES; attempt++) {
         const messageId = attempt === 1 ? question.messageId : `${question.messageId}.${attempt}`;
@@ -192,7 +184,7 @@ export function createAiDesk(parts: DeskParts) {
 
     /** The answer that runs in a chat, or has ended unseen, from its beginning. Null when there is none. */
     async resume(user: string, chatId: string, sink: Sink, resets: boolean): Promise<AiStream | null> {
-      await assertAllowed(user);
+      await door.assertAllowed(user);
       const chat = conversationOf(chatId);
       const messageId = await retrying(() => redis.client.get(keys.aiChat(user, chat)));
       if (messageId === null) return null;

@@ -6,6 +6,7 @@ import type { GatewayMetrics } from '../metrics.ts';
 import type { AddressLimit, FrameRates, Rated } from '../rate-limits.ts';
 import { type ClientConnection, closeCodeFor } from '../session.ts';
 import type { AiDesk, AiStream, Sink } from './ai-desk.ts';
+import type { AiDoor, AiGuest } from './ai-door.ts';
 import { type AiFrameOf, conversationOf, parseAiFrame, readQuestion } from './questions.ts';
 
 /**
@@ -30,6 +31,7 @@ export interface AiConnection extends ClientConnection {
 
 export interface AiSessionParts {
   aiDesk: AiDesk;
+  door: AiDoor;
   authenticate: Authenticate;
   metrics: GatewayMetrics;
   rates: FrameRates;
@@ -51,7 +53,7 @@ interface PendingAbort {
   run(): Promise<void>;
 }
 
-export class AiSession implements Rated {
+export class AiSession implements Rated, AiGuest {
   userId = '';
   rateMs = 0;
   readonly openedMs = Date.now();
@@ -120,12 +122,17 @@ export class AiSession implements Rated {
   onClose(): void {
     this.isClosed = true;
     this.forgetExpiry?.();
+    if (this.bound) this.parts.door.leave(this);
     this.parts.addressLimit.leave(this.claims.address);
     this.line = [];
     for (const { stream } of this.requests.values()) if (stream) this.parts.aiDesk.leave(stream);
     this.requests.clear();
     this.unconfirmed.clear();
     for (const abort of [...this.aborts]) abort.run(); // stop was pressed before the page went
+  }
+
+  closeWith(code: number, reason: string): void {
+    this.connection.close(code, reason);
   }
 
   private enqueue(frame: AiFrameOf<'send' | 'resume' | 'abort'>): void {
@@ -167,6 +174,7 @@ export class AiSession implements Rated {
       const identity = await this.parts.authenticate(claimed, token);
       if (this.isClosed) return false;
       this.userId = identity.userId;
+      this.parts.door.enter(this);
       if (identity.expiresMs !== null)
         this.forgetExpiry = whenExpired(identity.expiresMs, () =>
           connection.close(CLOSE.unauthorized, 'the token has expired'),

@@ -1,9 +1,10 @@
 import type { Logger } from 'pino';
 import { ERRORS, type ErrorCode, RivuletError } from '../../shared/errors.ts';
 import type { AiDesk, AiStream, Sink } from '../ai/ai-desk.ts';
+import type { AiDoor, AiGuest } from '../ai/ai-door.ts';
 import { readClaim } from '../ai/ai-session.ts';
 import { parseAiPost, readQuestion } from '../ai/questions.ts';
-import { type Authenticate, readBearer, whenExpired } from '../authenticate.ts';
+import { type Authenticate, type Identity, readBearer, whenExpired } from '../authenticate.ts';
 import type { AddressLimit, FrameRates } from '../rate-limits.ts';
 import type { HttpAnswer, HttpCall, HttpStream, StreamPeer } from '../socket-server.ts';
 import { json } from './routes.ts';
@@ -45,6 +46,7 @@ const STATUS: Partial<Record<ErrorCode, number>> = {
 
 export interface AiChatParts {
   aiDesk: AiDesk;
+  door: AiDoor;
   authenticate: Authenticate;
   rates: FrameRates;
   addressLimit: AddressLimit;
@@ -59,7 +61,7 @@ export interface AiChatParts {
 export type AiChat = (call: HttpCall) => Promise<HttpAnswer> | null;
 
 export function createAiChat(parts: AiChatParts): AiChat {
-  const { aiDesk, log } = parts;
+  const { aiDesk, door, log } = parts;
   const keepAlive = new Set<HttpStream>();
   const timer = setInterval(() => {
     for (const stream of keepAlive) stream.write(': keep-alive\n\n');
@@ -75,17 +77,29 @@ export function createAiChat(parts: AiChatParts): AiChat {
     return identity;
   }
 
-  /** A body of events for one answer. What is written before the head is out waits in the stream. */
-  function openStream(call: HttpCall, expiresMs: number | null) {
+  /**
+   * A body of events for one answer, among the connections of its address and of its user until `close`. What is written
+   * before the head is out waits in the stream.
+   */
+  function openStream(call: HttpCall, { userId, expiresMs }: Identity) {
     const address = parts.addressOf(call);
+    if (!parts.addressLimit.enter(address))
+      throw new RivuletError('rate_limited', 'too many connections from this address right now');
     let http: HttpStream | null = null;
     let early = '';
     let hasEnded = false;
+    let cutBy: string | null = null;
     let aiStream: AiStream | null = null;
     let forgetExpiry: (() => void) | null = null;
+    const guest: AiGuest = {
+      userId,
+      closeWith: (_, reason) => cut(ERRORS[reason === 'locked' ? 'locked' : 'banned'].message),
+    };
+    door.enter(guest);
     const close = () => {
       if (http) keepAlive.delete(http);
       forgetExpiry?.();
+      door.leave(guest);
       parts.addressLimit.leave(address);
     };
     const sink: Sink = {
@@ -115,8 +129,18 @@ export function createAiChat(parts: AiChatParts): AiChat {
           .settle(aiStream.user, aiStream.chat, aiStream.messageId)
           .catch((error: Error) => log.warn({ err: error.message }, 'a chat was not settled'));
     }
+    /** Ends it before the answer does; at once, or with its head. */
+    function cut(errorText: string): void {
+      cutBy = errorText;
+      if (!http?.open || !aiStream) return;
+      aiDesk.leave(aiStream);
+      sink.chunk({ type: 'error', errorText });
+      http.end();
+      close();
+    }
     return {
       sink,
+      close,
       answer(stream: AiStream): HttpAnswer {
         aiStream = stream;
         return {
@@ -126,16 +150,11 @@ export function createAiChat(parts: AiChatParts): AiChat {
             http = opened;
             keepAlive.add(opened);
             if (expiresMs !== null)
-              forgetExpiry = whenExpired(expiresMs, () => {
-                if (!opened.open) return;
-                aiDesk.leave(stream);
-                sink.chunk({ type: 'error', errorText: 'The token has expired.' });
-                opened.end();
-                close();
-              });
+              forgetExpiry = whenExpired(expiresMs, () => cut('The token has expired.'));
             opened.write(early);
             early = '';
-            if (hasEnded) finish();
+            if (cutBy !== null) cut(cutBy);
+            else if (hasEnded) finish();
             return {
               onDrain: () => aiDesk.drain([stream]),
               onClose() {
@@ -149,43 +168,36 @@ export function createAiChat(parts: AiChatParts): AiChat {
     };
   }
 
-  /** Counts the stream to come among the connections of its address. */
-  function enter(call: HttpCall): void {
-    if (!parts.addressLimit.enter(parts.addressOf(call)))
-      throw new RivuletError('rate_limited', 'too many connections from this address right now');
-  }
-
   async function ask(call: HttpCall): Promise<HttpAnswer> {
     const parsed = parseAiPost(call.body.toString());
     if ('reason' in parsed) throw new RivuletError('invalid_frame', parsed.reason);
     const identity = await identify(call, parsed.post.userId);
     const read = readQuestion(parsed.post, parts.maxFrameBytes);
     if ('code' in read) throw new RivuletError(read.code, read.message);
-    return stream(call, identity.expiresMs, (sink) =>
+    return stream(call, identity, (sink) =>
       aiDesk.ask(identity.userId, read.question, sink, understandsResets(call)),
     );
   }
 
   async function resume(call: HttpCall, chatId: string): Promise<HttpAnswer> {
     const identity = await identify(call, undefined);
-    return stream(call, identity.expiresMs, (sink) =>
+    return stream(call, identity, (sink) =>
       aiDesk.resume(identity.userId, chatId, sink, understandsResets(call)),
     );
   }
 
   async function stream(
     call: HttpCall,
-    expiresMs: number | null,
+    identity: Identity,
     open: (sink: Sink) => Promise<AiStream | null>,
   ): Promise<HttpAnswer> {
-    enter(call);
+    const body = openStream(call, identity);
     let opened: AiStream | null = null;
     try {
-      const body = openStream(call, expiresMs);
       opened = await open(body.sink);
       return opened ? body.answer(opened) : { status: 204, headers: {} };
     } finally {
-      if (!opened) parts.addressLimit.leave(parts.addressOf(call));
+      if (!opened) body.close();
     }
   }
 

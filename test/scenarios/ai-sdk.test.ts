@@ -10,6 +10,7 @@ import {
   WebSocketChatTransport,
 } from 'ai';
 import { WebSocket } from 'ws';
+import { createAccessStore } from '../../shared/access.ts';
 import { eventually } from '../helpers/eventually.ts';
 import { type GatewayProcess, type Stack, startStack } from '../helpers/stack.ts';
 
@@ -509,6 +510,47 @@ test('who is banned or locked is refused here too', async () => {
     assert.deepEqual([refused.status, error.code], [403, code]);
     assert.equal((await fetch(`${http}/api/chat/x/stream?userId=${id}`)).status, 403);
   }
+});
+
+test('a ban closes sockets and event streams that are open; a missed order is noticed', async () => {
+  const gateway = stack.gateways[1]!;
+  const access = createAccessStore({ redis: stack.look, keys: stack.keys });
+  /** A socket that has nothing to read any more, and one event stream. */
+  const open = async (id: string) => {
+    const client = await rawSocket(`?userId=${id}`, gateway);
+    client.send(sendFrame('r1', 'socket'));
+    await client.until('end', 'r1');
+    const stream = await fetch(`${gateway.http}/api/chat?userId=${id}`, {
+      method: 'POST',
+      body: JSON.stringify({ id: 'stream', messages: [user('u1', 'x')], ...parameters(2_000, 10) }),
+    });
+    return { client, text: stream.text() };
+  };
+  const bystander = await open('21057');
+  for (const [id, ban, message] of [
+    ['21054', () => access.ban('21054', 'spam', 'tester'), /This account is banned\."\}\n\n$/],
+    [
+      '21055',
+      () => access.lock('21055', Date.now() + 60_000, 'tester'),
+      /This account is locked for now\."\}\n\n$/,
+    ],
+    [
+      '21056',
+      () => stack.look.client.hset(stack.keys.access('21056'), 'banned', 'quietly'),
+      /is banned\."\}\n\n$/,
+    ],
+  ] as const) {
+    const { client, text } = await open(id);
+    await ban();
+    assert.equal(await client.closed, 4502);
+    assert.match(await text, message);
+    await fetch(`${gateway.http}/api/chat/stream/stop?userId=${id}`, { method: 'POST' });
+  }
+  bystander.client.send(sendFrame('r2', 'socket'));
+  await bystander.client.until('end', 'r2');
+  bystander.client.socket.terminate();
+  await fetch(`${gateway.http}/api/chat/stream/stop?userId=21057`, { method: 'POST' });
+  assert.match(await bystander.text, /"abort"[\s\S]*\[DONE\]/);
 });
 
 test('HTTP: status codes, origins, and what an older SDK is told about a restart', async () => {
