@@ -4,12 +4,12 @@ import type { GenerationStore } from '../shared/generation-store.ts';
 import type { ChatPayload, ClientFrameOf, GenerationStatus } from '../shared/protocol.ts';
 import { isConnectionError, retrying } from '../shared/redis.ts';
 import type { RequestQueue } from '../shared/request-queue.ts';
-import { checkPolicies, type Policy } from './policy/policy.ts';
+import { checkPolicies, type Policy, type Refusal } from './policy/policy.ts';
 
 /**
  * Admission: policies, the record, the request stream, in that order. The record is the truth: whoever finds one
  * joins it, and appends its request again if neither stream nor retry set holds it (a crash came between the two
- * steps, or the stream was lost).
+ * steps, or the stream was lost). What was accepted before is joined although a policy refuses it now.
  */
 
 export type Admission =
@@ -67,15 +67,29 @@ export function createAdmission(parts: {
     return { position: appended.position, home: node };
   }
 
+  async function join(
+    user: string,
+    messageId: string,
+    { status, node: home }: { status: GenerationStatus; node: string },
+  ): Promise<Admission> {
+    if (status !== 'queued' && status !== 'running')
+      return { state: 'joined', status, position: 0, home: '' };
+    const place = await locate(user, messageId, home);
+    return { state: 'joined', status, position: status === 'running' ? 0 : place.position, home: place.home };
+  }
+
   return {
     async admit(user: string, frame: ClientFrameOf<'chat'>, trace = ''): Promise<Admission> {
-      if (parts.isDraining()) return reject('shutting_down');
-      const refusal = await checkPolicies(parts.policies, { userId: user, frame });
+      const { messageId } = frame;
+      const refusal: Refusal | null = parts.isDraining()
+        ? { code: 'shutting_down' }
+        : await checkPolicies(parts.policies, { userId: user, frame });
       if (refusal) {
+        const [record] = await retrying(() => store.inspect([{ user, messageId }]));
+        if (record) return join(user, messageId, record);
         const { code, ...extra } = refusal;
         return reject(code, extra);
       }
-      const { messageId } = frame;
       const payload: ChatPayload = {
         contents: frame.contents,
         ...(frame.history ? { history: frame.history } : {}),
@@ -105,18 +119,8 @@ export function createAdmission(parts: {
       switch (admitted.state) {
         case 'refused':
           return reject(admitted.code, admitted.retryAfterMs ? { retryAfterMs: admitted.retryAfterMs } : {});
-        case 'joined': {
-          const { status } = admitted;
-          if (status !== 'queued' && status !== 'running')
-            return { state: 'joined', status, position: 0, home: '' };
-          const place = await locate(user, messageId, admitted.node);
-          return {
-            state: 'joined',
-            status,
-            position: status === 'running' ? 0 : place.position,
-            home: place.home,
-          };
-        }
+        case 'joined':
+          return join(user, messageId, admitted);
         case 'uncertain':
         case 'created': {
           try {

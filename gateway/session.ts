@@ -339,19 +339,20 @@ export class Session implements Rated, Follower, MailboxOwner {
     const { desk, delivery, metrics } = this.parts;
     const { messageId } = frame;
     const started = performance.now();
-    const subscription = this.follow(messageId);
+    // What this connection follows already goes on until the question has been let in: it may be refused this time.
+    let subscription = this.following?.has(messageId) ? null : this.follow(messageId);
     const watch = watchAnswer(this.userId, frame, started, this.parts);
     let admission: Awaited<ReturnType<AdmissionDesk['admit']>>;
     try {
       admission = await desk.admit(this.userId, frame, watch.trace);
     } catch (error) {
       watch.refused('internal');
-      delivery.drop(subscription);
+      if (subscription) delivery.drop(subscription);
       throw error;
     }
     metrics.admission.observe((performance.now() - started) / 1000);
     if (admission.state === 'rejected') {
-      delivery.drop(subscription);
+      if (subscription) delivery.drop(subscription);
       metrics.rejected.inc({ code: admission.code });
       watch.refused(admission.code);
       const { state, ...rejection } = admission;
@@ -359,6 +360,13 @@ export class Session implements Rated, Follower, MailboxOwner {
       return;
     }
     const { position } = admission;
+    if (!subscription) {
+      if (!this.connection.open) {
+        watch.joined();
+        return;
+      }
+      subscription = this.follow(messageId);
+    }
     subscription.home = admission.home;
     if (admission.state === 'created') {
       metrics.admitted.inc();

@@ -147,6 +147,28 @@ test('a Redis that answers and takes no writes makes a gateway not ready, for as
   await eventually('ready', async () => (await ready()) === 'ready\n', 15_000);
 });
 
+test('a question that comes again and cannot be let in does not end the stream of the first', async (t) => {
+  const stack = await startStack(t, { workers: 1, acl: true });
+  const acl = (...words: string[]) => stack.look.client.call('acl', ...words);
+  const client = await stack.client(20091);
+  const question = {
+    type: 'chat',
+    messageId: 'w1',
+    contents: 'x',
+    parameters: { tokens: 150, intervalMs: 20 },
+  };
+  client.send(question);
+  await client.next('token', 'w1');
+  await acl('SETUSER', 'gateway', '-evalsha', '-eval');
+  client.send(question);
+  assert.equal((await client.next('rejected', 'w1')).code, 'internal');
+  await acl('SETUSER', 'gateway', '+evalsha', '+eval');
+  const { text, end } = await client.answer('w1');
+  assert.equal(end.type, 'done');
+  assert.equal(text.split(' ').length, 150);
+  await acl('LOG', 'RESET');
+});
+
 test('a wrong setting stops the start with its name', async () => {
   const cases: [string, Record<string, string>, RegExp][] = [
     ['gateway/main.ts', {}, /NODE_ID is required/],

@@ -267,6 +267,35 @@ test('the moderation hook decides, and its failure is closed by default', async 
   await client.answer('h5');
 });
 
+test('what was accepted is joined although it would be refused now, and its stream goes on', async () => {
+  const user = nextUser();
+  const one = await open(user, n3, { device: 'phone' });
+  const two = await open(user, n3, { device: 'laptop' });
+  const question = {
+    type: 'chat',
+    messageId: 'j1',
+    contents: 'hi',
+    parameters: { tokens: 150, intervalMs: 10 },
+  };
+  hookBehaviour = 'allow';
+  one.send(question);
+  await one.next('token', 'j1');
+  hookBehaviour = 'refuse';
+  for (const client of [one, two]) {
+    client.send(question);
+    assert.equal((await client.next('accepted', 'j1')).position, 0);
+    assert.equal((await client.next('resumed', 'j1')).status, 'running');
+  }
+  for (const client of [one, two]) {
+    const { text, end } = await client.answer('j1');
+    assert.equal(end.type, 'done');
+    assert.equal(text.split(' ').length, 150);
+  }
+  two.send({ ...question, messageId: 'j2' });
+  assert.equal((await two.next('rejected', 'j2')).code, 'content_refused');
+  hookBehaviour = 'allow';
+});
+
 test('settings that cannot be are named at the start', async () => {
   await assert.rejects(
     stack.addGateway({ node: 'bad', env: { MODERATION_WORDS: join(dir, 'no-such-file') } }),
