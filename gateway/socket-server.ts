@@ -93,7 +93,7 @@ export class Connection {
   /** What uWS holds for it, as it was last asked: after every write, and when that gets less. */
   private unsentBytes = 0;
   lastSeenMs = Date.now();
-  private readonly server: { dirty(connection: Connection, soon: boolean): void };
+  private readonly server: { readonly slowCode: number; dirty(connection: Connection, soon: boolean): void };
   private request: UpgradeRequest | null;
 
   constructor(server: Connection['server'], request: UpgradeRequest) {
@@ -127,7 +127,7 @@ export class Connection {
 
   close(code: number, reason: string): void {
     if (!this.socket) return;
-    this.flush(0, 0);
+    this.write();
     this.socket?.end(code, reason.slice(0, 120)); // a close frame holds 123 bytes of reason
   }
 
@@ -150,25 +150,34 @@ export class Connection {
     this.peer?.onDrain();
   }
 
+  /** Its answer comes after all that was sent before it has arrived. */
   ping(payload = ''): void {
+    this.flush();
     this.socket?.ping(payload);
   }
 
-  flush(maxBufferedBytes: number, slowCode: number): void {
-    const { socket, outbox } = this;
+  /** Writes what waits, and looks at how far the client is behind. */
+  flush(): void {
     const wasSlow = this.queuedBytes > SLOW_BYTES;
+    if (!this.write()) return;
+    const socket = this.socket!;
+    this.unsentBytes = socket.getBufferedAmount();
+    if (this.unsentBytes > DROP_BYTES / 2) socket.end(this.server.slowCode, 'too far behind');
+    else if (wasSlow && !this.slow) this.peer?.onDrain(); // all of it has left at once: uWS tells of no drain then
+  }
+
+  /** False when nothing waited. */
+  private write(): boolean {
+    const { socket, outbox } = this;
     this.outbox = null;
     this.queuedBytes = 0;
-    if (!socket || !outbox) return;
+    if (!socket || !outbox) return false;
     if (outbox.length === 1) sendText(socket, outbox[0]!);
     else
       socket.cork(() => {
         for (const text of outbox) sendText(socket, text);
       });
-    if (maxBufferedBytes === 0) return; // it is being closed
-    this.unsentBytes = socket.getBufferedAmount();
-    if (this.unsentBytes > maxBufferedBytes) socket.end(slowCode, 'too far behind');
-    else if (wasSlow && !this.slow) this.peer?.onDrain(); // all of it has left at once: uWS tells of no drain then
+    return true;
   }
 }
 
@@ -307,6 +316,7 @@ export function listen(
   let first: Connection[] = [];
   let flushing = false;
   const server = {
+    slowCode: options.close.slowClient,
     dirty(connection: Connection, soon: boolean) {
       if (soon) first.push(connection);
       else dirty.push(connection);
@@ -321,7 +331,7 @@ export function listen(
     const batch = first;
     first = [];
     if (batch.length < WRITES_PER_TURN) batch.push(...dirty.splice(0, WRITES_PER_TURN - batch.length));
-    for (const connection of batch) connection.flush(DROP_BYTES / 2, options.close.slowClient);
+    for (const connection of batch) connection.flush();
     flushing = first.length + dirty.length > 0;
     if (flushing) setImmediate(flush);
   }
