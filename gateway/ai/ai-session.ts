@@ -23,6 +23,7 @@ import { type AiFrameOf, conversationOf, parseAiFrame, readQuestion } from './qu
 const LINE_FRAMES = 64; // frames of one client that may wait for Redis
 const MOST_REQUESTS = 64; // answers that one client reads at the same time
 const REFUSALS = 1_000; // frames above the rate, in a row, until we hang up
+const MOST_UNCONFIRMED = 64; // answers whose end a client has not confirmed; older ones are replayed to who resumes them
 const ABORT_GRACE_MS = 300; // a replacing resume comes in the same turn of the client; this covers a slow network's spread
 
 export interface AiConnection extends ClientConnection {
@@ -290,7 +291,9 @@ export class AiSession implements Rated, AiGuest {
     if (!this.requests.delete(request.id)) return;
     const payload = String(++this.pings);
     this.unconfirmed.set(payload, stream);
-    setImmediate(() => this.connection.ping(payload)); // what was sent leaves at the end of this turn
+    if (this.unconfirmed.size > MOST_UNCONFIRMED)
+      this.unconfirmed.delete(this.unconfirmed.keys().next().value!);
+    setImmediate(() => this.connection.ping(payload)); // once this turn has sent all it has
   }
 
   private settle(stream: AiStream): void {
