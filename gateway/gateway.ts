@@ -188,6 +188,7 @@ export async function startGateway(config: GatewayConfig, log: Logger): Promise<
         await delay(HEAL_MS, undefined, { signal: stopping.signal }).catch(() => {});
         metrics.frames.inc(frames);
         frames = 0;
+        closeSilent(server?.connections ?? []);
         if (!redis.isReady()) continue;
         // What was read is of no use to anybody, and entries for many recipients are not small.
         await redis.client
@@ -198,12 +199,6 @@ export async function startGateway(config: GatewayConfig, log: Logger): Promise<
           .catch((error: Error) =>
             log.warn({ err: error.message }, 'silent streams not compared; again soon'),
           );
-        const now = Date.now();
-        for (const connection of server?.connections ?? []) {
-          const session = connection.peer;
-          if (!(session instanceof Session || session instanceof AiSession) || session.bound) continue;
-          if (now - session.openedMs > INIT_MS) connection.close(CLOSE.protocolViolation, 'no init frame');
-        }
       }
     })();
     closers.push(() => Promise.all([positions, healing]));
@@ -390,6 +385,16 @@ export async function startGateway(config: GatewayConfig, log: Logger): Promise<
 
 /** For a connection that is being closed. */
 const IGNORED: Peer = { onText() {}, onDrain() {}, onClose() {} };
+
+/** Closes the sockets whose time to say who they are is up. */
+function closeSilent(connections: Iterable<Connection>): void {
+  const now = Date.now();
+  for (const connection of connections) {
+    const session = connection.peer;
+    if (!(session instanceof Session || session instanceof AiSession) || !session.silent) continue;
+    if (now - session.openedMs > INIT_MS) connection.close(CLOSE.protocolViolation, 'no init frame');
+  }
+}
 
 /** The files of TLS, if it is wanted. Read here only to say early and by name what is wrong with them. */
 async function readTls(config: GatewayConfig): Promise<{ certFile: string; keyFile: string } | undefined> {

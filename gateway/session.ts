@@ -109,6 +109,11 @@ export class Session implements Rated, Follower, MailboxOwner {
     return this.state === 'bound';
   }
 
+  /** It has never said who it is. */
+  get silent(): boolean {
+    return this.state === 'new';
+  }
+
   onText(text: string): void {
     const waitMs = this.parts.rates.take(this, Date.now());
     if (waitMs > 0) {

@@ -86,6 +86,11 @@ export class AiSession implements Rated, AiGuest {
     return this.userId !== '';
   }
 
+  /** It has never said who it is. */
+  get silent(): boolean {
+    return !this.bound && !this.working;
+  }
+
   onText(text: string): void {
     const waitMs = this.parts.rates.take(this, Date.now());
     const parsed = parseAiFrame(text);

@@ -257,6 +257,34 @@ test('connections of one address: the next one is closed 4003, and let in when o
   assert.match(metrics, /rivulet_address_limited_total 1\n/);
 });
 
+test('who never says who it is is closed after a minute, also while Redis is away', async (t) => {
+  const clock = `const { now } = Date; process.on('SIGUSR2', () => { Date.now = () => now() + 61_000; });`;
+  const away = await startStack(t, {
+    workers: 0,
+    gatewayEnv: { NODE_OPTIONS: `--import=data:text/javascript,${encodeURIComponent(clock)}` },
+  });
+  const gateway = away.gateways[0]!;
+  const openSilent = (url: string) => {
+    const socket = new WebSocket(url);
+    t.after(() => socket.terminate());
+    const opened = new Promise((resolve) => socket.on('open', resolve));
+    const closed = new Promise<number>((resolve, reject) => {
+      socket.on('close', resolve);
+      setTimeout(() => reject(new Error('still open')), 15_000).unref();
+    });
+    return { opened, closed };
+  };
+  const silent = [openSilent(gateway.url), openSilent(gateway.url.replace('/ws', '/ai'))];
+  const bound = await away.client(20001);
+  await Promise.all(silent.map(({ opened }) => opened));
+  await away.redis.kill();
+  gateway.child.kill('SIGUSR2');
+  for (const { closed } of silent) assert.equal(await closed, 4503);
+  bound.send({ type: 'heartbeat' });
+  await bound.next('heartbeat');
+  await away.redis.restart();
+});
+
 test('TLS at the gateway itself', async (t) => {
   const dir = mkdtempSync(join(tmpdir(), 'rivulet-tls-'));
   t.after(() => rmSync(dir, { recursive: true, force: true }));
