@@ -18,7 +18,10 @@ export function createClientAddress(trustedProxies: string[]): (peer: string, fo
   return (peer, forwarded) => {
     let address = normalize(peer);
     if (trustedProxies.length > 0 && address !== '' && isTrusted(address)) {
-      const hops = forwarded.split(',', 50).map((hop) => normalize(hop.trim()));
+      const hops = forwarded
+        .split(',')
+        .slice(-50)
+        .map((hop) => normalize(hop.trim()));
       while (address !== '' && isTrusted(address)) {
         const before = hops.pop();
         if (!before) break;

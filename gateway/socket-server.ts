@@ -1,4 +1,4 @@
-import uws, { type HttpResponse, type ListenSocket, type WebSocket } from 'uWebSockets.js';
+import uws, { type HttpRequest, type HttpResponse, type ListenSocket, type WebSocket } from 'uWebSockets.js';
 import { STATUS_CODES } from 'node:http';
 
 /**
@@ -15,6 +15,7 @@ const WRITES_PER_TURN = 64; // about 10 µs each: what comes in is read between 
 const WHOLE_BYTES = 15_000; // of a frame: see sendText
 const BODY_BYTES = 1024 * 1024;
 const BODY_MS = 10_000;
+const FORWARDED_FOR = 'x-forwarded-for';
 
 export interface UpgradeRequest {
   url: string;
@@ -288,6 +289,19 @@ function sendText(socket: WebSocket<UserData>, text: string): void {
   }
 }
 
+/**
+ * Copies the headers. Lines of X-Forwarded-For are one list in their order: a proxy may add its line behind the client's.
+ * Of any other header that comes twice the last line counts.
+ */
+function readHeaders(request: HttpRequest): Map<string, string> {
+  const headers = new Map<string, string>();
+  request.forEachHeader((name, value) => {
+    const before = name === FORWARDED_FOR ? headers.get(name) : undefined;
+    headers.set(name, before === undefined ? value : `${before},${value}`);
+  });
+  return headers;
+}
+
 export interface SocketServer {
   readonly port: number;
   readonly connections: ReadonlySet<Connection>;
@@ -352,7 +366,7 @@ export function listen(
         host: request.getHeader('host'),
         authorization: request.getHeader('authorization'),
         address: Buffer.from(response.getRemoteAddressAsText()).toString(),
-        forwardedFor: request.getHeader('x-forwarded-for'),
+        forwardedFor: readHeaders(request).get(FORWARDED_FOR) ?? '',
       };
       const refusal =
         request.getHeader('sec-websocket-version') === '13'
@@ -413,13 +427,11 @@ export function listen(
   });
 
   app.any('/*', (response, request) => {
-    const headers = new Map<string, string>();
-    request.forEachHeader((name, value) => headers.set(name, value));
     const call: HttpCall = {
       method: request.getMethod().toUpperCase(),
       path: request.getUrl(),
       query: new URLSearchParams(request.getQuery()),
-      headers,
+      headers: readHeaders(request),
       body: Buffer.alloc(0),
       address: Buffer.from(response.getRemoteAddressAsText()).toString(),
     };

@@ -64,6 +64,7 @@ test('whose connection it is', () => {
   assert.equal(proxied('127.0.0.1', '203.0.113.1'), '203.0.113.1');
   assert.equal(proxied('127.0.0.1', '1.2.3.4, 203.0.113.1'), '203.0.113.1', 'the client wrote the first');
   assert.equal(proxied('127.0.0.1', '1.2.3.4, 203.0.113.1, 10.1.1.1'), '203.0.113.1');
+  assert.equal(proxied('127.0.0.1', `${'1.2.3.4, '.repeat(60)}203.0.113.1`), '203.0.113.1', 'a long list');
   assert.equal(proxied('fd00::1', '[2001:db8:1:2::3]:443'), '2001:db8:1:2');
   assert.equal(proxied('127.0.0.1', '203.0.113.1:5555'), '203.0.113.1');
   assert.equal(proxied('198.51.100.7', '203.0.113.1'), '198.51.100.7', 'not a proxy of ours');
