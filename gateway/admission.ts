@@ -42,7 +42,7 @@ export function createAdmission(parts: {
 
   function reject(
     code: ErrorCode,
-    extra: { message?: string; retryAfterMs?: number; position?: number } = {},
+    extra: { message?: string; temporary?: boolean; retryAfterMs?: number; position?: number } = {},
   ): Admission {
     return {
       state: 'rejected',

@@ -5,7 +5,7 @@ import type { Keys } from '../shared/keys.ts';
 import { type LiveNodes, readPresence } from '../shared/presence.ts';
 import { type ClientFrameOf, parseUserId, type ServerFrame } from '../shared/protocol.ts';
 import { type RedisConnection, retrying } from '../shared/redis.ts';
-import { checkPolicies, type Policy } from './policy/policy.ts';
+import { checkPolicies, type Policy, type Refusal } from './policy/policy.ts';
 import type { PostOffice } from './post-office.ts';
 
 /** Answers the frames about people: send, ack, join, leave, members, groups, presence. */
@@ -35,33 +35,24 @@ export function createPeopleDesk(parts: PeopleDeskParts) {
 
   async function send(user: string, frame: ClientFrameOf<'send'>): Promise<ServerFrame> {
     const { messageId, to, contents } = frame;
-    const reject = (
-      code: ErrorCode,
-      message: string = ERRORS[code].message,
-      retryAfterMs?: number,
-    ): ServerFrame => {
+    const reject = (code: ErrorCode, extra: Omit<Refusal, 'code'> = {}): ServerFrame => {
       counters.refused(code);
-      const { temporary } = ERRORS[code];
-      return {
-        type: 'rejected',
-        messageId,
-        code,
-        message,
-        temporary,
-        ...(retryAfterMs ? { retryAfterMs } : {}),
-      };
+      return { type: 'rejected', messageId, code, ...ERRORS[code], ...extra };
     };
     if (Buffer.byteLength(contents) > parts.messageBytes)
-      return reject('payload_too_large', `contents may have ${parts.messageBytes} bytes`);
+      return reject('payload_too_large', { message: `contents may have ${parts.messageBytes} bytes` });
     const message = { messageId, from: user, contents, sentAt: Date.now() };
     if ('user' in to) {
       const parsed = parseUserId(to.user);
-      if ('reason' in parsed) return reject('invalid_frame', `to.user: ${parsed.reason}`);
+      if ('reason' in parsed) return reject('invalid_frame', { message: `to.user: ${parsed.reason}` });
     } else if (!(await groups.has(to.group, user))) {
-      return reject('forbidden', `only members may write to group ${to.group}`);
+      return reject('forbidden', { message: `only members may write to group ${to.group}` });
     }
     const refusal = await checkPolicies(parts.policies, { userId: user, frame });
-    if (refusal) return reject(refusal.code, refusal.message, refusal.retryAfterMs);
+    if (refusal) {
+      const { code, ...extra } = refusal;
+      return reject(code, extra);
+    }
     const outcome =
       'user' in to
         ? await office.toUser(to.user, message)

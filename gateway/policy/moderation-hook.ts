@@ -1,12 +1,12 @@
 import type { Logger } from 'pino';
 import { z } from 'zod';
-import type { Policy, Refusal } from './policy.ts';
+import { type Policy, UNAVAILABLE } from './policy.ts';
 import { moderatedTexts } from './texts.ts';
 
 /**
  * Asks another system whether a text may pass: `POST {type, userId, messageId, texts}` → 200
  * `{"allow": true|false, "message"?}`. No answer in time, any other answer, or too many questions open at once is a
- * failure, and passes or not as the operator chose.
+ * failure: the text passes, or is refused for now, as the operator chose.
  */
 
 const OPEN_QUESTIONS = 512; // about what a hook of 100 ms can answer at 5,000 messages a second
@@ -20,14 +20,7 @@ export function createModerationHook(options: {
   log: Logger;
 }): Policy {
   const { url, timeoutMs, log } = options;
-  const failure: Refusal | null =
-    options.onFailure === 'open'
-      ? null
-      : {
-          code: 'content_refused',
-          message: 'Moderation is not available; try again later.',
-          retryAfterMs: 5_000,
-        };
+  const failure = options.onFailure === 'open' ? null : UNAVAILABLE;
   let open = 0;
   let failing = false;
 

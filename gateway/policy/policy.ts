@@ -1,12 +1,23 @@
 import type { ErrorCode } from '../../shared/errors.ts';
 import type { ClientFrameOf } from '../../shared/protocol.ts';
 
-/** Why a policy refuses. `message` is shown to the user; the table's text when absent. */
+/**
+ * Why a policy refuses. `message` is shown to the user; `message` and `temporary` are the table's when absent. A policy
+ * that cannot decide now refuses as `UNAVAILABLE`, so that clients may try again.
+ */
 export interface Refusal {
   code: ErrorCode;
   message?: string;
+  temporary?: boolean;
   retryAfterMs?: number;
 }
+
+export const UNAVAILABLE: Refusal = {
+  code: 'content_refused',
+  message: 'Moderation is not available; try again later.',
+  temporary: true,
+  retryAfterMs: 5_000,
+};
 
 export interface PolicyRequest {
   userId: string;

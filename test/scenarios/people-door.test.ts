@@ -255,12 +255,16 @@ test('the moderation hook decides, and its failure is closed by default', async 
   ask('h2');
   const refusal = await client.next('rejected', 'h2');
   assert.deepEqual([refusal.code, refusal.message], ['content_refused', 'not here']);
+  assert.equal(refusal.temporary, false);
   for (const behaviour of ['hang', 'break'] as const) {
     hookBehaviour = behaviour;
     ask(`h-${behaviour}`);
-    const failed = await client.next('rejected', `h-${behaviour}`);
-    assert.equal(failed.code, 'content_refused');
-    assert.ok(failed.retryAfterMs);
+    client.send({ type: 'send', messageId: `s-${behaviour}`, to: { user: 'somebody' }, contents: 'hi' });
+    for (const messageId of [`h-${behaviour}`, `s-${behaviour}`]) {
+      const failed = await client.next('rejected', messageId);
+      assert.deepEqual([failed.code, failed.temporary], ['content_refused', true]);
+      assert.ok(failed.retryAfterMs);
+    }
   }
   hookBehaviour = 'allow';
   ask('h5');
