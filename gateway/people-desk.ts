@@ -96,10 +96,9 @@ export function createPeopleDesk(parts: PeopleDeskParts) {
         }
         case 'members': {
           const { group } = frame;
-          const members = (await groups.members(group)).sort();
-          if (!members.includes(user))
+          if (!(await groups.has(group, user)))
             return { type: 'error', code: 'forbidden', message: `members: you are not in group ${group}` };
-          return { type: 'members', group, count: members.length, userIds: members.slice(0, MEMBERS_SHOWN) };
+          return { type: 'members', group, ...(await groups.show(group, MEMBERS_SHOWN)) };
         }
         case 'groups':
           return { type: 'groups', groups: await groups.groupsOf(user) };

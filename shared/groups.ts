@@ -73,6 +73,21 @@ export function createGroups({
       return retrying(() => client.smembers(keys.group(group)));
     },
 
+    /** How many are in it, and who, sorted: everyone up to `most`, some of them beyond. Costs the same for any size. */
+    async show(group: string, most: number): Promise<{ count: number; userIds: string[] }> {
+      return retrying(async () => {
+        const users = new Set<string>(); // a scan may tell somebody twice
+        let cursor = '0';
+        do {
+          const [next, found] = await client.sscan(keys.group(group), cursor, 'COUNT', most);
+          for (const user of found) users.add(user);
+          cursor = next;
+        } while (cursor !== '0' && users.size < most);
+        const count = cursor === '0' ? users.size : await client.scard(keys.group(group));
+        return { count, userIds: [...users].slice(0, most).sort() };
+      });
+    },
+
     async groupsOf(user: string): Promise<string[]> {
       return (await retrying(() => client.smembers(keys.groups(user)))).sort();
     },

@@ -4,6 +4,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { after, before, test } from 'node:test';
 import { setTimeout as delay } from 'node:timers/promises';
+import { createPeopleDesk } from '../../gateway/people-desk.ts';
 import { startRedisServer } from '../../infra/redis-server.ts';
 import { createAccessStore } from '../../shared/access.ts';
 import { createGenerationStore } from '../../shared/generation-store.ts';
@@ -238,6 +239,33 @@ test('groups are bounded, for the group and for the user', async () => {
   const full = await groups.add('one-too-many', ['b']);
   assert.ok('reason' in full && /200 groups/.test(full.reason));
   assert.equal(await groups.has('one-too-many', 'b'), false);
+});
+
+test('who is in a group is told to members only, at a cost that its size does not change', async () => {
+  const groups = createGroups({ redis, keys, mostMembers: 100_000 });
+  const crowd = Array.from({ length: 5_000 }, (_, index) => `crowd-${index}`);
+  await redis.client.sadd(keys.group('big'), ...crowd);
+  await groups.add('small', ['zoe', 'ann', 'ben']);
+  const desk = createPeopleDesk({ groups } as never);
+  const ask = async (user: string, group: string) => {
+    await redis.client.call('CONFIG', 'RESETSTAT');
+    const answer = await desk.handle(user, 'd', { type: 'members', group });
+    const stats = await redis.client.info('commandstats');
+    return { answer, commands: [...stats.matchAll(/cmdstat_(s\w+):/g)].map(([, name]) => name).sort() };
+  };
+  const outsider = await ask('somebody', 'big');
+  assert.ok(outsider.answer?.type === 'error' && outsider.answer.code === 'forbidden');
+  assert.deepEqual(outsider.commands, ['sismember']);
+
+  const { answer, commands } = await ask('crowd-1', 'big');
+  assert.ok(answer?.type === 'members');
+  assert.equal(answer.count, 5_000);
+  assert.equal(new Set(answer.userIds).size, 1_000);
+  assert.ok(answer.userIds.every((user) => crowd.includes(user)));
+  assert.deepEqual(commands, ['scard', 'sismember', 'sscan']);
+
+  const all = { type: 'members', group: 'small', count: 3, userIds: ['ann', 'ben', 'zoe'] };
+  assert.deepEqual((await ask('ben', 'small')).answer, all);
 });
 
 test('the quota counts a message once, and gives back what failed or was not queued', async () => {
