@@ -131,23 +131,25 @@ export function createPostOffice(parts: {
       });
     },
 
-    /** To everyone who is online now; not kept for the others. Counted as the gateways last told, up to 2 s ago. */
+    /**
+     * To everyone who is online now; not kept for the others. Counted as the gateways last told, up to 2 s ago. The outcome
+     * is kept once every gateway has it: whoever repeats after a failure may make some see the notice twice, which is
+     * better than to be told that all is well with one that nobody got.
+     */
     async toAll(message: MessageContents): Promise<Outcome> {
+      const key = keys.sent(message.from, message.messageId);
+      const known = await retrying(() => redis.client.get(key));
+      if (known) return JSON.parse(known) as Outcome;
       const { nodes } = await retrying(parts.look);
       const online = nodes.reduce(
         (sum, { node, connections }) => sum + (node === parts.node ? 0 : connections),
         parts.countHere(),
       );
       const outcome: Outcome = { id: `${message.sentAt}-0`, connections: online, online, offline: 0 };
-      const key = keys.sent(message.from, message.messageId);
-      const first = await retrying(() =>
-        redis.client.set(key, JSON.stringify(outcome), 'PX', OUTCOME_MS, 'NX'),
-      );
-      if (first === null)
-        return JSON.parse((await redis.client.get(key)) ?? JSON.stringify(outcome)) as Outcome;
       const frame = JSON.stringify({ type: 'notice', id: outcome.id, ...message });
       const replies = await redis.batch(nodes.map(({ node }) => publishNoticeCommand(keys, node, frame)));
       for (const [error] of replies) if (error) throw error;
+      await retrying(() => redis.client.set(key, JSON.stringify(outcome), 'PX', OUTCOME_MS));
       return outcome;
     },
   };

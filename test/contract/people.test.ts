@@ -5,6 +5,7 @@ import { join } from 'node:path';
 import { after, before, test } from 'node:test';
 import { setTimeout as delay } from 'node:timers/promises';
 import { createPeopleDesk } from '../../gateway/people-desk.ts';
+import { createPostOffice } from '../../gateway/post-office.ts';
 import { startRedisServer } from '../../infra/redis-server.ts';
 import { createAccessStore } from '../../shared/access.ts';
 import { createGenerationStore } from '../../shared/generation-store.ts';
@@ -266,6 +267,40 @@ test('who is in a group is told to members only, at a cost that its size does no
 
   const all = { type: 'members', group: 'small', count: 3, userIds: ['ann', 'ben', 'zoe'] };
   assert.deepEqual((await ask('ben', 'small')).answer, all);
+});
+
+test('a notice that was not published is published when it is repeated, and only then', async () => {
+  let failures = 1;
+  const shaky: RedisConnection = {
+    ...redis,
+    batch: async (commands) =>
+      failures-- > 0 ? commands.map(() => [new Error('no'), null]) : redis.batch(commands),
+  };
+  const look = async () =>
+    createLiveNodes(
+      [{ node: 'n9', instance: 'a', until: 2_000, startedAt: 0, url: null, connections: 3 }],
+      1_000,
+    );
+  const office = createPostOffice({
+    redis: shaky,
+    keys,
+    inboxes,
+    live: () => createLiveNodes([], 0),
+    look,
+    countHere: () => 1,
+    node: 'n1',
+  });
+  await redis.client.xadd(keys.replies('n9'), '*', 'made', 'by its gateway');
+  const published = async () => (await redis.client.xlen(keys.replies('n9'))) - 1;
+  const notice = { messageId: 'to-all', from: '0', contents: 'hi', sentAt: 5 };
+  await assert.rejects(office.toAll(notice), /^Error: no$/);
+  assert.equal(await published(), 0);
+  const outcome = await office.toAll(notice);
+  assert.deepEqual(outcome, { id: '5-0', connections: 4, online: 4, offline: 0 });
+  assert.equal(await published(), 1);
+  assert.deepEqual(await office.toAll({ ...notice, sentAt: 6 }), outcome);
+  assert.equal(await published(), 1);
+  assert.ok((await redis.client.pttl(keys.sent('0', 'to-all'))) > 0);
 });
 
 test('the quota counts a message once, and gives back what failed or was not queued', async () => {
