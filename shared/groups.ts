@@ -35,8 +35,10 @@ export function createGroups({
           if (error) throw error;
           return value === -1;
         });
-        if (full >= 0)
+        if (full >= 0) {
+          await this.forgetGroup(group, chunk);
           return { reason: `user ${chunk[full]} is in ${GROUPS_OF_A_USER} groups, which is the most` };
+        }
         size = (await retrying(() =>
           redis.script('join_group', [keys.group(group)], [mostMembers, ...chunk]),
         )) as number;

@@ -240,6 +240,10 @@ test('groups are bounded, for the group and for the user', async () => {
   const full = await groups.add('one-too-many', ['b']);
   assert.ok('reason' in full && /200 groups/.test(full.reason));
   assert.equal(await groups.has('one-too-many', 'b'), false);
+  // One who is full keeps all of his step out; who was in the group before stays in it.
+  await groups.add('mixed', ['old']);
+  assert.ok('reason' in (await groups.add('mixed', ['new', 'b', 'old'])));
+  assert.deepEqual([await groups.groupsOf('new'), await groups.groupsOf('old')], [[], ['mixed']]);
 });
 
 test('who is in a group is told to members only, at a cost that its size does not change', async () => {
