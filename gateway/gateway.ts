@@ -71,6 +71,7 @@ export async function startGateway(config: GatewayConfig, log: Logger): Promise<
       followed: () => delivery.size,
       /** All queues, told by one gateway at a time, or every number would come once from each. */
       async queues() {
+        if (!redis.isReady()) return [];
         const first = (await registry.nodes()).find(({ until }) => until > Date.now());
         return first?.node === node ? (await lookAtPipeline()).nodes : [];
       },

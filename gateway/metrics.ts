@@ -1,5 +1,9 @@
+import { setTimeout as delay } from 'node:timers/promises';
 import { Counter, createMetricsRegistry, Gauge, Histogram } from '../shared/metrics.ts';
 import type { NodeView } from '../shared/pipeline.ts';
+
+/** How long Redis may take to tell the queues: an outage must not cost a scrape all other numbers. */
+const QUEUES_MS = 1_000;
 
 /** What a gateway counts. Names follow the Prometheus conventions; `infra/grafana` reads them. */
 export function createGatewayMetrics(facts: {
@@ -31,7 +35,10 @@ export function createGatewayMetrics(facts: {
     labelNames: ['node', 'state'] as const,
     registers,
     async collect() {
-      const queues = await facts.queues().catch(() => null);
+      const queues = await Promise.race([
+        facts.queues().catch(() => null),
+        delay(QUEUES_MS, null, { ref: false }),
+      ]);
       this.reset();
       for (const { node, waiting, running, retries, dead } of queues ?? []) {
         this.set({ node, state: 'waiting' }, waiting);

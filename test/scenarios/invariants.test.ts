@@ -288,6 +288,8 @@ test('6. a silent Redis is noticed, connections are built anew, nobody is restar
   await client.answer('before');
   proxy.silence();
   await until('/readyz is false', 6_000, async () => !(await isReady(gateway)));
+  const scrape = await fetch(`${gateway.http}/metrics`, { signal: AbortSignal.timeout(4_000) });
+  assert.match(await scrape.text(), /^rivulet_connections 1$/m, 'numbers are told in the outage too');
   await new Promise((resolve) => setTimeout(resolve, 4_000));
   proxy.speak(); // the old connections stay mute: only new ones work
   await until('/readyz is true', 8_000, () => isReady(gateway));
