@@ -2,7 +2,7 @@ import { writeFile } from 'node:fs/promises';
 import { hostname } from 'node:os';
 import { setTimeout as delay } from 'node:timers/promises';
 import { z } from 'zod';
-import { commonSettings, integer, parseConfig, withRedisTls } from '../shared/config.ts';
+import { commonSettings, drainMs, integer, parseConfig, withRedisTls } from '../shared/config.ts';
 import { createKeys } from '../shared/keys.ts';
 import type { Running } from '../shared/lifecycle.ts';
 import type { Logger } from '../shared/logger.ts';
@@ -22,7 +22,9 @@ export const autoscalerSettings = z
     ...commonSettings,
     WORKERS_MIN: integer('WORKERS_MIN', 0, 1_000).default(0),
     WORKERS_MAX: integer('WORKERS_MAX', 1, 1_000).default(4),
-    WORKER_CONCURRENCY: integer('WORKER_CONCURRENCY', 1, 10_000).default(16), // as the workers have it
+    WORKER_CONCURRENCY: integer('WORKER_CONCURRENCY', 1, 10_000).default(16), // as the workers have it, like the next two
+    LEASE_MS: integer('LEASE_MS', 500, 3_600_000).default(30_000),
+    DRAIN_MS: drainMs,
     SCALE_POLL_MS: integer('SCALE_POLL_MS', 50, 60_000).default(200),
     SCALE_DOWN_AFTER_MS: integer('SCALE_DOWN_AFTER_MS', 0, 86_400_000).default(30_000),
   })
@@ -47,7 +49,12 @@ export async function startAutoscaler(
   const keys = createKeys(config.KEY_PREFIX);
   const redis = createRedis({ url: config.REDIS_URL, name: `autoscaler:${hostname()}`, log });
   await redis.connected();
-  const pool = createWorkerPool({ env: workerEnv, log });
+  const pool = createWorkerPool({
+    env: workerEnv,
+    leaseMs: config.LEASE_MS,
+    drainMs: config.DRAIN_MS,
+    log,
+  });
   const scale = createScaler({
     min: config.WORKERS_MIN,
     max: config.WORKERS_MAX,

@@ -7,10 +7,9 @@ const SCRIPT = `
   kill -KILL "$0"`;
 
 /**
- * Ends a child process when this process is gone, even by SIGKILL: a shell waits on a pipe that the kernel
- * closes for us, then sends SIGTERM, and SIGKILL after `graceMs` (the default outlasts DRAIN_MS). Children in
- * process groups of their own, so that Ctrl-C reaches them only in our order, would otherwise outlive us.
- * Returns how to let go once the child has ended.
+ * Ends a child process when this process is gone, even by SIGKILL: a shell waits on a pipe that the kernel closes for us,
+ * then sends SIGTERM, and SIGKILL after `graceMs`. Children in process groups of their own, so that Ctrl-C reaches them
+ * only in our order, would otherwise outlive us. Returns how to let go once the child has ended.
  */
 export function endWithThisProcess(pid: number, graceMs = 35_000): () => void {
   const seconds = Math.ceil(graceMs / 1000);

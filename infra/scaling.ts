@@ -31,12 +31,12 @@ export function createScaler(limits: ScalingLimits): (nowMs: number, demand: num
 /** A worker process as the choice of whom to let go sees it. */
 export interface Candidate {
   pid: number;
-  /** Requests it runs; null = not seen in the registry yet, so it is still starting. */
+  /** Requests it runs; null = not in the registry: it is still starting, or hangs. */
   running: number | null;
   startedMs: number;
 }
 
-/** Whom to let go: those still starting, then idle ones, then the least busy; the youngest first among equals. */
+/** Whom to let go: those still starting or hanging, then idle ones, then the least busy; the youngest first among equals. */
 export function chooseToRetire(candidates: Candidate[], count: number): Candidate[] {
   const weight = ({ running }: Candidate) => running ?? -1;
   return [...candidates]

@@ -9,13 +9,15 @@ import { type Candidate, chooseToRetire } from './scaling.ts';
 /**
  * Worker processes of this machine. States of one: starting (not in the registry yet), up, retiring (SIGUSR2:
  * reads nothing new, finishes what it runs, leaves), gone. A worker that ends by itself is missed at the next
- * look and replaced; one that cannot start holds further starts back for a growing pause.
+ * look and replaced; one that cannot start holds further starts back for a growing pause; one that hangs is killed.
  */
 
 const ROOT = dirname(dirname(fileURLToPath(import.meta.url)));
 const FIRST_PAUSE_MS = 1_000;
 const LONGEST_PAUSE_MS = 30_000;
 const WRONG_SETTINGS = 2; // exit code of lifecycle.ts
+const HUNG_MS = 15_000; // three leases of the registry
+const STOP_MS = 8_000; // after DRAIN_MS a worker hands back what is left, which takes 5 s at the most
 /**
  * What lives as long as a token is on its way should die young: with V8's usual 16 MB a busy worker stops ten times a
  * second, some 6 ms each time, to move it.
@@ -28,6 +30,8 @@ interface Worker {
   place: number;
   startedMs: number;
   seen: boolean;
+  /** How long it has been missing from the registry, once seen there. */
+  missingMs: number;
   retiring: boolean;
   ended: Promise<void>;
 }
@@ -42,11 +46,21 @@ export interface WorkerPool {
   /** Rejects when no worker can ever start: its settings are wrong. */
   readonly failed: Promise<never>;
   readonly pids: number[];
-  /** SIGTERM to all: they drain within DRAIN_MS and hand back what is left. */
+  /** SIGTERM to all: they drain within DRAIN_MS and hand back what is left. SIGKILL to one that does not. */
   stop(): Promise<void>;
 }
 
-export function createWorkerPool({ env, log }: { env: NodeJS.ProcessEnv; log: Logger }): WorkerPool {
+export function createWorkerPool(options: {
+  env: NodeJS.ProcessEnv;
+  /** As the workers have them. */
+  leaseMs: number;
+  drainMs: number;
+  log: Logger;
+}): WorkerPool {
+  const { env, log } = options;
+  const hungMs = Math.max(HUNG_MS, options.leaseMs); // by then others run what it ran
+  const stopMs = options.drainMs + STOP_MS;
+  let lastLookMs = Date.now();
   const workers = new Map<number, Worker>();
   // Each start burns about 0.4 s of a core: more at a time would only delay the first that is ready.
   const startsAtOnce = availableParallelism();
@@ -84,12 +98,13 @@ export function createWorkerPool({ env, log }: { env: NodeJS.ProcessEnv; log: Lo
       child.once('error', (error) => fail(error));
       return;
     }
-    const letGo = endWithThisProcess(pid);
+    const letGo = endWithThisProcess(pid, stopMs);
     const worker: Worker = {
       child,
       place,
       startedMs: Date.now(),
       seen: false,
+      missingMs: 0,
       retiring: false,
       ended: new Promise((resolve) => {
         child.once('exit', (code, signal) => {
@@ -108,6 +123,22 @@ export function createWorkerPool({ env, log }: { env: NodeJS.ProcessEnv; log: Lo
     };
     workers.set(pid, worker);
     log.info({ worker: pid }, 'worker started');
+  }
+
+  /**
+   * Kills who was seen in the registry and is missing from it: a handler that never lets go of its thread. It would keep
+   * its place for ever, and obeys no other signal. Only looks count, for what comes between may be an outage of Redis.
+   */
+  function killHung(running: Map<number, number>): void {
+    const now = Date.now();
+    const passedMs = Math.min(now - lastLookMs, hungMs / 3);
+    lastLookMs = now;
+    for (const [pid, worker] of workers) {
+      worker.missingMs = !worker.seen || running.has(pid) ? 0 : worker.missingMs + passedMs;
+      if (worker.missingMs < hungMs) continue;
+      log.error({ worker: pid, missingMs: worker.missingMs }, 'a worker hangs; killing it');
+      worker.child.kill('SIGKILL');
+    }
   }
 
   const serving = () => [...workers.values()].filter((worker) => !worker.retiring);
@@ -130,6 +161,7 @@ export function createWorkerPool({ env, log }: { env: NodeJS.ProcessEnv; log: Lo
           worker.seen = true;
           pauseMs = FIRST_PAUSE_MS;
         }
+      killHung(running);
       const current = serving();
       const starting = current.filter((worker) => !worker.seen).length;
       if (Date.now() >= notBefore)
@@ -152,7 +184,11 @@ export function createWorkerPool({ env, log }: { env: NodeJS.ProcessEnv; log: Lo
     async stop() {
       stopping = true;
       for (const { child } of workers.values()) child.kill('SIGTERM');
+      const killing = setTimeout(() => {
+        for (const { child } of workers.values()) child.kill('SIGKILL');
+      }, stopMs);
       await Promise.all([...workers.values()].map(({ ended }) => ended));
+      clearTimeout(killing);
     },
   };
 }

@@ -132,8 +132,8 @@ test('wrong settings of a worker end the autoscaler with a reason', async () => 
   const wrong = spawnProcess('infra/autoscaler.ts', {
     REDIS_URL: stack.redisUrl,
     WORKERS_MIN: '1',
-    LEASE_MS: 'soon',
+    MAX_ATTEMPTS: 'many',
   });
   assert.equal(await wrong.exited, 1);
-  assert.ok(wrong.logs.some((line) => /LEASE_MS/.test(String(line.msg))));
+  assert.ok(wrong.logs.some((line) => /MAX_ATTEMPTS/.test(String(line.msg))));
 });

@@ -1,0 +1,54 @@
+import assert from 'node:assert/strict';
+import { execFileSync } from 'node:child_process';
+import { test } from 'node:test';
+import { createWorkerPool } from '../../infra/worker-pool.ts';
+import { createLogger } from '../../shared/logger.ts';
+import { eventually } from '../helpers/eventually.ts';
+
+/** The pool with real processes that find no Redis: what the registry says of them comes from here. */
+const createPool = () =>
+  createWorkerPool({
+    env: { ...process.env, REDIS_URL: 'redis://127.0.0.1:1', LOG_LEVEL: 'silent' },
+    leaseMs: 30_000,
+    drainMs: 120_000,
+    log: createLogger('silent', {}),
+  });
+
+test('a worker that hangs is killed and replaced', { timeout: 20_000 }, async (t) => {
+  t.mock.timers.enable({ apis: ['Date'], now: 1_000_000 });
+  const pool = createPool();
+  t.after(() => {
+    for (const left of pool.pids) process.kill(left, 'SIGKILL');
+    return pool.stop();
+  });
+  pool.adjust(1, new Map());
+  const [pid] = pool.pids as [number];
+  process.kill(pid, 'SIGSTOP'); // like a handler in an endless loop
+  const look = (running: Map<number, number>) => {
+    t.mock.timers.tick(1_000);
+    pool.adjust(1, running);
+  };
+  for (let second = 0; second < 60; second++) look(new Map()); // still starting
+  const there = new Map([[pid, 1]]);
+  look(there);
+  for (let second = 0; second < 25; second++) look(new Map());
+  look(there); // it was only slow
+  t.mock.timers.tick(600_000); // Redis was away
+  for (let second = 0; second < 15; second++) look(new Map());
+  await new Promise((resolve) => setTimeout(resolve, 50));
+  assert.deepEqual(pool.pids, [pid]);
+  for (let second = 0; second < 10; second++) look(new Map());
+  await eventually('end of the hung one', () => pool.size === 0);
+  look(new Map());
+  assert.equal(pool.size, 1);
+  assert.notEqual(pool.pids[0], pid);
+});
+
+test('a worker without its autoscaler has its DRAIN_MS', async (t) => {
+  const pool = createPool();
+  t.after(() => pool.stop());
+  pool.adjust(1, new Map());
+  const processes = execFileSync('ps', ['-A', '-o', 'ppid=,args='], { encoding: 'utf8' });
+  const guard = new RegExp(` ${pool.pids[0]} (\\d+)$`, 'm').exec(processes);
+  assert.ok(Number(guard?.[1]) > 120, `killed after ${guard?.[1]} s`);
+});
