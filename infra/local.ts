@@ -1,4 +1,4 @@
-import { mkdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { mkdirSync, rmSync, writeFileSync } from 'node:fs';
 import { basename, dirname, join, relative } from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
 import { fileURLToPath } from 'node:url';
@@ -7,7 +7,7 @@ import { ConfigError, commonSettings, drainMs, integer, parseConfig } from '../s
 import { createKeys } from '../shared/keys.ts';
 import { findListener, readCommand, tryPort } from './ports.ts';
 import { findLeftover, startRedisServer } from './redis-server.ts';
-import { isProcessAlive, readRunState, removeRunState, stateFolder, writeRunState } from './run-state.ts';
+import { lockFolder, readRunState, removeRunState, stateFolder, writeRunState } from './run-state.ts';
 import { type Supervised, supervise } from './supervise.ts';
 
 /**
@@ -17,8 +17,8 @@ import { type Supervised, supervise } from './supervise.ts';
  */
 
 const ROOT = dirname(dirname(fileURLToPath(import.meta.url)));
-/** Warm workers, so that a first question does not wait for a start and a killed worker has a neighbour. */
 const LOCAL_LEASE_MS = '5000'; // who kills a worker to see what happens should not wait half a minute
+/** Warm workers, so that a first question does not wait for a start and a killed worker has a neighbour. */
 const WORKERS_MIN = '2';
 /** The autoscaler waits for its workers, which hand back what runs after their own DRAIN_MS. */
 const AUTOSCALER_STOP_MS = 10_000;
@@ -79,7 +79,7 @@ async function start(
   const logs = join(folder, 'logs');
   prepareFolder(folder, logs);
   const ports = await choosePorts(config, folder);
-  stack.unlock = lock(folder);
+  stack.unlock = await lock(folder);
   say('Starting Redis, two gateways and workers…');
   const redis = await openRedis(config, folder, stack, stopping);
   stopping.throwIfAborted();
@@ -231,28 +231,10 @@ function explainPort(config: Config, port: number, error: NodeJS.ErrnoException,
 }
 
 /** One run per folder: two Redis servers on one append-only file would ruin it. */
-function lock(folder: string): () => void {
-  const path = join(folder, 'start.pid');
-  for (let attempt = 1; ; attempt++) {
-    try {
-      writeFileSync(path, String(process.pid), { flag: 'wx' });
-      return () => rmSync(path, { force: true });
-    } catch (error) {
-      if ((error as NodeJS.ErrnoException).code !== 'EEXIST' || attempt === 5) throw error;
-    }
-    const owner = readNumber(path);
-    if (owner && owner !== process.pid && isProcessAlive(owner) && /local\.ts/.test(readCommand(owner) ?? ''))
-      throw new StartError(explainSecond(owner));
-    rmSync(path, { force: true }); // its owner crashed
-  }
-}
-
-function readNumber(path: string): number {
-  try {
-    return Number(readFileSync(path, 'utf8'));
-  } catch {
-    return 0;
-  }
+async function lock(folder: string): Promise<() => void> {
+  const taken = await lockFolder(folder, (pid) => /local\.ts/.test(readCommand(pid) ?? ''));
+  if ('owner' in taken) throw new StartError(explainSecond(taken.owner));
+  return taken.unlock;
 }
 
 /** The Redis of REDIS_URL, or our own with its data kept between runs. */

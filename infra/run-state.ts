@@ -1,6 +1,9 @@
 import { mkdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { dirname, join, resolve } from 'node:path';
+import { setTimeout as delay } from 'node:timers/promises';
 import { fileURLToPath } from 'node:url';
+
+const WRITING_MS = 500; // what an owner needs, at the very most, to write itself into the lock that it made
 
 /** What `npm start` leaves in `.rivulet/run.json` while it runs, for the terminal tools to find it. */
 export interface RunState {
@@ -36,6 +39,40 @@ export function writeRunState(folder: string, state: RunState): void {
 
 export function removeRunState(folder: string): void {
   rmSync(join(folder, 'run.json'), { force: true });
+}
+
+/**
+ * Takes the folder for this process, or tells whose it is. The lock of an owner that is gone is taken over.
+ * @param isOurs whether a process of this id is one that locks folders
+ */
+export async function lockFolder(
+  folder: string,
+  isOurs: (pid: number) => boolean,
+): Promise<{ unlock: () => void } | { owner: number }> {
+  const path = join(folder, 'start.pid');
+  for (let attempt = 1; ; attempt++) {
+    try {
+      writeFileSync(path, String(process.pid), { flag: 'wx' });
+      return { unlock: () => rmSync(path, { force: true }) };
+    } catch (error) {
+      if ((error as NodeJS.ErrnoException).code !== 'EEXIST' || attempt === 5) throw error;
+    }
+    let owner = readNumber(path);
+    for (let waited = 0; owner === 0 && waited < WRITING_MS; waited += 20) {
+      await delay(20); // it was made this moment
+      owner = readNumber(path);
+    }
+    if (owner && owner !== process.pid && isProcessAlive(owner) && isOurs(owner)) return { owner };
+    rmSync(path, { force: true }); // its owner crashed
+  }
+}
+
+function readNumber(path: string): number {
+  try {
+    return Number(readFileSync(path, 'utf8'));
+  } catch {
+    return 0;
+  }
 }
 
 export function isProcessAlive(pid: number): boolean {

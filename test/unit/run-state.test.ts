@@ -1,0 +1,27 @@
+import assert from 'node:assert/strict';
+import { existsSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { test } from 'node:test';
+import { lockFolder } from '../../infra/run-state.ts';
+
+test('a folder has one owner, also while it writes itself down; a lock of nobody is taken over', async (t) => {
+  const folder = mkdtempSync(join(tmpdir(), 'rivulet-lock-'));
+  t.after(() => rmSync(folder, { recursive: true, force: true }));
+  const path = join(folder, 'start.pid');
+  const lock = () => lockFolder(folder, () => true);
+
+  writeFileSync(path, ''); // its owner is between making and writing it
+  const second = lock();
+  writeFileSync(path, String(process.ppid));
+  assert.deepEqual(await second, { owner: process.ppid });
+
+  for (const stale of ['', '999999999', String(process.pid)]) {
+    writeFileSync(path, stale);
+    const taken = await lock();
+    assert.ok('unlock' in taken);
+    assert.equal(readFileSync(path, 'utf8'), String(process.pid));
+    taken.unlock();
+    assert.equal(existsSync(path), false);
+  }
+});
