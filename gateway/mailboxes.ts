@@ -41,7 +41,7 @@ import { publishCloseCommand } from '../shared/reply-stream.ts';
  */
 
 const SLICE = 500; // recipients handed out in one turn: about 3 ms
-const MOST_PENDING_BYTES = 32 * 1024 * 1024; // entries that wait for their slices; beyond it they are read from the inboxes
+const MOST_PENDING_BYTES = 32 * 1024 * 1024; // entries that wait for their slices; beyond it messages are read from the inboxes
 const SWEEP_BATCH = 250; // connections a look compares in one round trip
 const SWEEP_EVERY_MS = 1_000;
 const LOOK_MS = 5_000; // a connection is not looked at more often
@@ -413,7 +413,7 @@ export function createMailboxes(parts: {
         : { address, frame, at: '!m '.length, everyone: null };
     if (!working && handOut(entry)) return;
     if (pendingBytes > MOST_PENDING_BYTES) {
-      overflowed = true; // the inboxes have it
+      overflowed = true; // the inboxes have it, unless it is a notice
       return;
     }
     pending.push(entry);

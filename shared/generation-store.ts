@@ -285,11 +285,6 @@ export function createGenerationStore({
       });
     },
 
-    /** Says that nobody on a node listens any more. */
-    async unroute(user: string, messageId: string, node: string): Promise<void> {
-      await redis.script('unroute', [keys.generation(user, messageId)], [node]);
-    },
-
     /** What the record says, for many generations at once; null where there is none or Redis did not answer. */
     async inspect(
       generations: { user: string; messageId: string }[],

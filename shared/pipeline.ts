@@ -1,6 +1,7 @@
 import { z } from 'zod';
 import type { Keys } from './keys.ts';
 import type { RedisClient } from './redis.ts';
+import { GROUP } from './request-queue.ts';
 
 /**
  * One look at the queues and the workers, for the page, `npm run streams` and metrics. It only reads: two round
@@ -95,7 +96,7 @@ async function readNode(
     redis.xlen(keys.dead(node)),
     orMissing(redis.xinfo('STREAM', keys.replies(node)) as Promise<unknown[]>, []),
   ]);
-  const group = groups.map(toFields).find((fields) => fields.get('name') === 'workers');
+  const group = groups.map(toFields).find((fields) => fields.get('name') === GROUP);
   const running = Number(group?.get('pending') ?? 0);
   const reply = toFields(replies);
   return {

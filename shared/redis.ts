@@ -106,8 +106,7 @@ export type ScriptName =
   | 'remove_queued'
   | 'restore'
   | 'retry_later'
-  | 'settle_chat'
-  | 'unroute';
+  | 'settle_chat';
 
 function loadScripts(): Map<string, { source: string; sha: string }> {
   const folder = new URL('./scripts/', import.meta.url);
