@@ -8,9 +8,9 @@ import type { RunningRequest } from './run-request.ts';
 /**
  * Keeps what runs here ours, and learns when it is not. Two loops over the running requests:
  * every third of the lease, and as soon as Redis is back, the claims are extended, few at a time, for entries that Redis
- * still counts as ours; and every
- * `WATCH_MS` the records of answers without a recent append are read, so that a cancel stops a model that has not
- * said a word yet. The same loop ends what takes longer than GENERATION_TIMEOUT_MS, so that no answer needs a timer.
+ * still counts as ours; and every `WATCH_MS` the records of answers without a recent append are read, so that a cancel
+ * stops a model that has not said a word yet. The same loop ends what takes longer than GENERATION_TIMEOUT_MS, so that no
+ * answer needs a timer.
  */
 
 const EXTEND_BATCH = 32; // of Redis' time, under half a millisecond
