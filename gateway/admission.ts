@@ -26,6 +26,7 @@ export type Admission =
 
 const FULL_RETRY_MS = 2_000; // when the queue is full; grows with its length below
 const FULL_RETRY_MAX_MS = 30_000;
+const LOOK_MS = 1_000; // for what a refused question may have been before
 
 export function createAdmission(parts: {
   node: string;
@@ -85,7 +86,8 @@ export function createAdmission(parts: {
         ? { code: 'shutting_down' }
         : await checkPolicies(parts.policies, { userId: user, frame });
       if (refusal) {
-        const [record] = await retrying(() => store.inspect([{ user, messageId }]));
+        const asked = retrying(() => store.inspect([{ user, messageId }]), { deadlineMs: LOOK_MS });
+        const [record] = await asked.catch(() => [null]);
         if (record) return join(user, messageId, record);
         const { code, ...extra } = refusal;
         return reject(code, extra);

@@ -131,7 +131,11 @@ function createKeySet(
         throw error; // the set is there; the token is wrong
       const last = remote.jwks();
       if (last && Date.now() - fetchedMs < freshMs + KEYS_STALE_MS)
-        return createLocalJWKSet(last)(header, token);
+        try {
+          return await createLocalJWKSet(last)(header, token);
+        } catch (unknown) {
+          if (!(unknown instanceof errors.JWKSNoMatchingKey)) throw unknown; // else its key may be a new one
+        }
       throw new RivuletError('internal', 'the keys to check tokens with cannot be fetched; try again', {
         cause: error,
       });

@@ -57,6 +57,7 @@ export function createPeopleDesk(parts: PeopleDeskParts) {
       'user' in to
         ? await office.toUser(to.user, message)
         : await office.toMany(
+            to,
             async () => (await groups.members(to.group)).filter((member) => member !== user),
             { ...message, group: to.group },
           );

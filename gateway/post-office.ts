@@ -1,3 +1,5 @@
+import { createHash } from 'node:crypto';
+import { RivuletError } from '../shared/errors.ts';
 import {
   compareInboxIds,
   type Delivered,
@@ -100,6 +102,8 @@ export function createPostOffice(parts: {
 
   let free = LARGE_AT_ONCE;
   const waiting: (() => void)[] = [];
+  /** Notices that are being published. */
+  const notices = new Map<string, Promise<Outcome>>();
   async function inTurn<T>(step: () => Promise<T>): Promise<T> {
     if (free > 0) free--;
     else await new Promise<void>((resolve) => waiting.push(resolve));
@@ -119,14 +123,19 @@ export function createPostOffice(parts: {
     },
 
     /** To several or a whole group; `users` is asked only when it is this message's turn. */
-    async toMany(users: () => Promise<string[]>, message: MessageContents): Promise<Outcome> {
+    async toMany(
+      to: { group: string } | { users: string[] },
+      users: () => Promise<string[]>,
+      message: MessageContents,
+    ): Promise<Outcome> {
       const key = keys.sent(message.from, message.messageId);
+      const target = targetOf(to);
       return inTurn(async () => {
-        const known = await retrying(() => redis.client.get(key));
-        if (known) return JSON.parse(known) as Outcome;
+        const known = await knownOutcome(key, target);
+        if (known) return known;
         const outcome = await deliver(await users(), message);
         if (outcome.id === '') outcome.id = `${message.sentAt}-0`; // nobody was there
-        await retrying(() => redis.client.set(key, JSON.stringify(outcome), 'PX', OUTCOME_MS));
+        await keepOutcome(key, target, outcome);
         return outcome;
       });
     },
@@ -136,23 +145,56 @@ export function createPostOffice(parts: {
      * is kept once every gateway has it: whoever repeats after a failure may make some see the notice twice, which is
      * better than to be told that all is well with one that nobody got.
      */
-    async toAll(message: MessageContents): Promise<Outcome> {
+    toAll(message: MessageContents): Promise<Outcome> {
       const key = keys.sent(message.from, message.messageId);
-      const known = await retrying(() => redis.client.get(key));
-      if (known) return JSON.parse(known) as Outcome;
-      const { nodes } = await retrying(parts.look);
-      const online = nodes.reduce(
-        (sum, { node, connections }) => sum + (node === parts.node ? 0 : connections),
-        parts.countHere(),
-      );
-      const outcome: Outcome = { id: `${message.sentAt}-0`, connections: online, online, offline: 0 };
-      const frame = JSON.stringify({ type: 'notice', id: outcome.id, ...message });
-      const replies = await redis.batch(nodes.map(({ node }) => publishNoticeCommand(keys, node, frame)));
-      for (const [error] of replies) if (error) throw error;
-      await retrying(() => redis.client.set(key, JSON.stringify(outcome), 'PX', OUTCOME_MS));
-      return outcome;
+      let publishing = notices.get(key); // by who is called again before it has answered
+      if (!publishing) {
+        publishing = publishNotice(key, message).finally(() => notices.delete(key));
+        notices.set(key, publishing);
+      }
+      return publishing;
     },
   };
+
+  async function publishNotice(key: string, message: MessageContents): Promise<Outcome> {
+    const target = targetOf({ all: true });
+    const known = await knownOutcome(key, target);
+    if (known) return known;
+    const { nodes, possible } = await retrying(parts.look);
+    const others = possible.filter(({ node }) => node !== parts.node);
+    const online = others.reduce((sum, { connections }) => sum + connections, parts.countHere());
+    const outcome: Outcome = { id: `${message.sentAt}-0`, connections: online, online, offline: 0 };
+    const frame = JSON.stringify({ type: 'notice', id: outcome.id, ...message });
+    const targets = [parts.node, ...others.map(({ node }) => node)];
+    const live = new Set([parts.node, ...nodes.map(({ node }) => node)]);
+    const replies = await redis.batch(targets.map((node) => publishNoticeCommand(keys, node, frame)));
+    replies.forEach(([error, entry], index) => {
+      if (error) throw error;
+      // Its stream was lost with the server's memory, and it has not made it again yet.
+      if (entry === null && live.has(targets[index]!))
+        throw new RivuletError('internal', 'not every gateway can be reached yet; try again');
+    });
+    await keepOutcome(key, target, outcome);
+    return outcome;
+  }
+
+  /** @throws RivuletError invalid_frame when the id went to others */
+  async function knownOutcome(key: string, target: string): Promise<Outcome | null> {
+    const kept = await retrying(() => redis.client.get(key));
+    if (kept === null) return null;
+    const { target: before, ...outcome } = JSON.parse(kept) as Outcome & { target: string };
+    if (before === target) return outcome;
+    throw new RivuletError('invalid_frame', 'this messageId was used for other recipients within a day');
+  }
+
+  async function keepOutcome(key: string, target: string, outcome: Outcome): Promise<void> {
+    await retrying(() => redis.client.set(key, JSON.stringify({ ...outcome, target }), 'PX', OUTCOME_MS));
+  }
+}
+
+/** Short, and another for other recipients. */
+function targetOf(to: object): string {
+  return createHash('sha256').update(JSON.stringify(to)).digest('base64url').slice(0, 16);
 }
 
 export type PostOffice = ReturnType<typeof createPostOffice>;

@@ -277,8 +277,7 @@ export class Session implements Rated, Follower, MailboxOwner {
     this.line ??= [];
     if (this.line.length >= LINE_FRAMES) {
       const message = `at most ${LINE_FRAMES} frames may wait for an answer`;
-      if (frame.type === 'chat' || frame.type === 'resume' || frame.type === 'send')
-        this.reject(frame.messageId, 'rate_limited', message);
+      if ('messageId' in frame) this.reject(frame.messageId, 'rate_limited', message);
       else this.sendError('rate_limited', message);
       return;
     }

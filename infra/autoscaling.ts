@@ -75,7 +75,7 @@ export async function startAutoscaler(
       log.info({ from: target < 0 ? pool.size : target, to: wanted, needed: demand.needed }, 'target');
       target = wanted;
     }
-    pool.adjust(target, demand.local);
+    pool.adjust(target, demand.local, demand.isCurrent);
     if (!announced && pool.pids.filter((pid) => demand.local.has(pid)).length >= config.WORKERS_MIN) {
       announced = true;
       log.info({ workers: pool.pids, min: config.WORKERS_MIN, max: config.WORKERS_MAX }, 'scaling');

@@ -17,7 +17,7 @@ const FIRST_PAUSE_MS = 1_000;
 const LONGEST_PAUSE_MS = 30_000;
 const WRONG_SETTINGS = 2; // exit code of lifecycle.ts
 const HUNG_MS = 15_000; // three leases of the registry
-const STOP_MS = 8_000; // after DRAIN_MS a worker hands back what is left, which takes 5 s at the most
+const STOP_MS = 8_000; // after DRAIN_MS a worker hands back what is left, which takes 5 s while Redis answers
 /**
  * What lives as long as a token is on its way should die young: with V8's usual 16 MB a busy worker stops ten times a
  * second, some 6 ms each time, to move it.
@@ -42,7 +42,7 @@ export interface WorkerPool {
   /** Workers that finish what they run. */
   readonly retiring: number;
   /** Moves towards `target`. `running` is what the registry says, by process id. */
-  adjust(target: number, running: Map<number, number>): void;
+  adjust(target: number, running: Map<number, number>, isCurrent: boolean): void;
   /** Rejects when no worker can ever start: its settings are wrong. */
   readonly failed: Promise<never>;
   readonly pids: number[];
@@ -127,11 +127,12 @@ export function createWorkerPool(options: {
 
   /**
    * Kills who was seen in the registry and is missing from it: a handler that never lets go of its thread. It would keep
-   * its place for ever, and obeys no other signal. Only looks count, for what comes between may be an outage of Redis.
+   * its place for ever, and obeys no other signal. Only looks at a current registry count: an outage of Redis, or of its
+   * disk, silences workers that are well.
    */
-  function killHung(running: Map<number, number>): void {
+  function killHung(running: Map<number, number>, isCurrent: boolean): void {
     const now = Date.now();
-    const passedMs = Math.min(now - lastLookMs, hungMs / 3);
+    const passedMs = isCurrent ? Math.min(now - lastLookMs, hungMs / 3) : 0;
     lastLookMs = now;
     for (const [pid, worker] of workers) {
       worker.missingMs = !worker.seen || running.has(pid) ? 0 : worker.missingMs + passedMs;
@@ -154,14 +155,14 @@ export function createWorkerPool(options: {
     get pids() {
       return serving().map(({ child }) => child.pid!);
     },
-    adjust(target, running) {
+    adjust(target, running, isCurrent) {
       if (stopping) return;
       for (const [pid, worker] of workers)
         if (!worker.seen && running.has(pid)) {
           worker.seen = true;
           pauseMs = FIRST_PAUSE_MS;
         }
-      killHung(running);
+      killHung(running, isCurrent);
       const current = serving();
       const starting = current.filter((worker) => !worker.seen).length;
       if (Date.now() >= notBefore)

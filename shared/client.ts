@@ -227,7 +227,8 @@ const QUESTION_TIMEOUT_MS = 10_000; // from asking on a ready connection
 /** Close codes that come with advice to wait: too many connections, replaced by a newer login. */
 const PATIENCE_MS: Record<number, number> = { 4003: 2_000, 4010: 10_000 };
 
-const ID_PATTERN = /^[A-Za-z0-9._:@-]{1,128}$/;
+const MAX_PRESENCE = 100; // users in one query
+const ID_PATTERN = /^[A-Za-z0-9._:@-]+$/;
 
 // -------------------------------------------------------------------------------------------------- one answer
 
@@ -534,6 +535,7 @@ export function createClient(options: ClientOptions): Client {
     'dial' | 'retry' | 'beat' | 'silence' | 'stable' | 'pause',
     ReturnType<typeof setTimeout>
   >();
+  let pausedUntil = 0;
   const resumeTimers = new Map<string, ReturnType<typeof setTimeout>>();
   const states = new Map<string, AnswerState>();
   const answers = new Map<string, Answer>();
@@ -665,7 +667,10 @@ export function createClient(options: ClientOptions): Client {
 
   /** The server takes nothing for a while. */
   function pause(retryAfterMs: number, retries: number): void {
-    setTimer('pause', retryDelayMs(retryAfterMs, retries), advance);
+    const until = Date.now() + retryDelayMs(retryAfterMs, retries);
+    if (timers.has('pause') && until <= pausedUntil) return;
+    pausedUntil = until;
+    setTimer('pause', until - Date.now(), advance);
   }
 
   function retryDelayMs(retryAfterMs: number, retries: number): number {
@@ -1032,8 +1037,8 @@ export function createClient(options: ClientOptions): Client {
   function ask<T>(frame: PendingQuestion['frame']): Promise<T> {
     const asked = new Promise<T>((resolve, reject) => {
       if (state === 'closed') throw closeError;
-      if ('group' in frame && !(ID_PATTERN.test(frame.group) && frame.group.length <= 64))
-        throw new ClientError('invalid_frame', 'group must have 1 to 64 characters of A-Z a-z 0-9 . _ : @ -');
+      const refusal = 'group' in frame ? refuseId('group', frame.group, 64) : null;
+      if (refusal) throw refusal;
       if (questions.length >= MAX_PENDING)
         throw new ClientError('too_many_pending', 'Too many questions about groups are open.', {
           temporary: true,
@@ -1167,12 +1172,7 @@ export function createClient(options: ClientOptions): Client {
           ? new ClientError('too_many_pending', 'Too many answers are open in this client.', {
               temporary: true,
             })
-          : ID_PATTERN.test(answer.messageId)
-            ? null
-            : new ClientError(
-                'invalid_frame',
-                'messageId must have 1 to 128 characters of A-Z a-z 0-9 . _ : @ -',
-              );
+          : refuseId('messageId', answer.messageId, 128);
     if (refusal) {
       answer.fail(refusal);
       return handle;
@@ -1255,6 +1255,10 @@ export function createClient(options: ClientOptions): Client {
 
     send(to, contents, { messageId = newId() } = {}) {
       if (state === 'closed') return Promise.reject(closeError);
+      const refusal =
+        refuseId('messageId', messageId, 128) ??
+        ('user' in to ? refuseId('user', String(to.user), 64) : refuseId('group', to.group, 64));
+      if (refusal) return Promise.reject(refusal);
       if (sends.has(messageId))
         return Promise.reject(new ClientError('invalid_frame', 'This messageId is already being sent.'));
       if (sends.size >= MAX_PENDING)
@@ -1285,6 +1289,14 @@ export function createClient(options: ClientOptions): Client {
 
     presence(userIds, { timeoutMs = PRESENCE_TIMEOUT_MS } = {}) {
       if (state === 'closed') return Promise.reject(closeError);
+      const refusal =
+        userIds.length < 1 || userIds.length > MAX_PRESENCE
+          ? new ClientError(
+              'invalid_frame',
+              `presence takes 1 to ${MAX_PRESENCE} users, not ${userIds.length}`,
+            )
+          : userIds.map((user) => refuseId('user', String(user), 64)).find((refused) => refused !== null);
+      if (refusal) return Promise.reject(refusal);
       if (presences.length >= MAX_PENDING)
         return Promise.reject(
           new ClientError('too_many_pending', 'Too many presence queries are open.', { temporary: true }),
@@ -1457,4 +1469,13 @@ async function findWebSocket(given: WebSocketConstructor | undefined): Promise<W
 function newId(): string {
   const bytes = crypto.getRandomValues(new Uint8Array(12));
   return Array.from(bytes, (byte) => byte.toString(16).padStart(2, '0')).join('');
+}
+
+/** What the server would refuse without saying whose it was. */
+function refuseId(name: string, id: string, most: number): ClientError | null {
+  if (typeof id === 'string' && id.length <= most && ID_PATTERN.test(id)) return null;
+  return new ClientError(
+    'invalid_frame',
+    `${name} must have 1 to ${most} characters of A-Z a-z 0-9 . _ : @ -`,
+  );
 }

@@ -91,10 +91,11 @@ export function createDeadLetters({ redis, keys }: { redis: RedisConnection; key
   async function replay(letter: DeadLetter): Promise<Replayed> {
     if (!(await find(letter.name))) return 'gone';
     const { user, messageId, payload } = letter;
+    const node = await chooseNode(letter);
     const reopened = await store.replay({
       user,
       messageId,
-      node: await chooseNode(letter),
+      node,
       payload,
       lastAttempt: letter.lastAttempt,
     });
@@ -103,8 +104,10 @@ export function createDeadLetters({ redis, keys }: { redis: RedisConnection; key
       return 'answered';
     }
     // Also when it was open: a replay that was cut short may have left it without its request.
-    if ((await queue.find(reopened.node, user, messageId)) < 0)
-      await queue.enqueue(reopened.node, user, messageId, Number.MAX_SAFE_INTEGER);
+    if ((await queue.find(reopened.node, user, messageId)) < 0) {
+      if (reopened.node !== node) await store.moveHome(user, messageId, node); // that one may be gone
+      await queue.enqueue(node, user, messageId, Number.MAX_SAFE_INTEGER);
+    }
     await drop(letter);
     return reopened.state === 'open' ? 'open' : 'replayed';
   }

@@ -285,7 +285,7 @@ export function createGenerationStore({
       });
     },
 
-    /** What the record says, for many generations at once; null where there is none or Redis did not answer. */
+    /** What the record says, for many generations at once; null where there is none. */
     async inspect(
       generations: { user: string; messageId: string }[],
     ): Promise<
@@ -424,7 +424,7 @@ export function createGenerationStore({
     async restore(
       attempt: Attempt,
       texts: string[],
-    ): Promise<{ state: 'restored'; routes: string[] } | { state: 'fenced' | 'missing' | 'twin' }> {
+    ): Promise<{ state: 'restored'; routes: string[] } | { state: 'fenced' | 'missing' }> {
       const { user, messageId } = attempt;
       const reply = (await redis.script(
         'restore',
@@ -438,7 +438,7 @@ export function createGenerationStore({
         ],
       )) as [string, string?];
       if (reply[0] === 'restored') return { state: 'restored', routes: splitRoutes(reply[1]!) };
-      return { state: reply[0] as 'fenced' | 'missing' | 'twin' };
+      return { state: reply[0] as 'fenced' | 'missing' };
     },
 
     /**

@@ -29,6 +29,8 @@ export interface ConnectionEntry {
 /** The gateways that are alive, as last read from the registry. */
 export interface LiveNodes {
   readonly nodes: { node: string; connections: number }[];
+  /** Those that may be live, as in `mayBeLive`: who must not miss what is for everybody. */
+  readonly possible: { node: string; connections: number }[];
   /** Whether an entry's gateway is alive, as far as is known: what people are told. */
   isLive(entry: ConnectionEntry): boolean;
   /**
@@ -49,7 +51,8 @@ export function createLiveNodes(entries: NodeEntry[], redisMs: number): LiveNode
   const live = entries.filter((entry) => entry.until > redisMs);
   const nameOf = ({ node, instance }: { node: string; instance: string }) => `${node}/${instance}`;
   const liveNames = new Set(live.map(nameOf));
-  const names = new Set(entries.filter((entry) => entry.until + GRACE_MS > redisMs).map(nameOf));
+  const possible = entries.filter((entry) => entry.until + GRACE_MS > redisMs);
+  const names = new Set(possible.map(nameOf));
   const list = names.size === 0 ? '' : ` ${[...names].join(' ')} `;
   const isIn = (set: Set<string>, entry: ConnectionEntry) => {
     if (set.has(nameOf(entry))) return true;
@@ -58,6 +61,7 @@ export function createLiveNodes(entries: NodeEntry[], redisMs: number): LiveNode
   };
   return {
     nodes: live,
+    possible,
     isLive: (entry) => isIn(liveNames, entry),
     mayBeLive: (entry) => isIn(names, entry),
     get list() {

@@ -451,6 +451,9 @@ export function parseRedisUrl(text: string): Target {
   const match =
     /^(rediss?)(?:\+(sentinel|cluster))?:\/\/(?:([^@/]*)@)?([^/?]+)(?:\/([^?]*))?(?:\?(.*))?$/.exec(text);
   if (!match) throw new Error(`REDIS_URL ${redactUrl(text)} cannot be read`);
+  const unescaped = 'REDIS_URL: in user and password, write what is not a letter or digit percent-encoded';
+  const ats = text.split('?', 1)[0]!.split('@').length - 1;
+  if (ats > (match[3] === undefined ? 0 : 1)) throw new Error(unescaped);
   const [, scheme, engine, credentials, hostList, path, query] = match;
   const [username, password] = credentials?.includes(':') ? credentials.split(/:(.*)/s) : ['', credentials];
   const hosts = hostList!.split(',').map((entry) => {
@@ -461,9 +464,16 @@ export function parseRedisUrl(text: string): Target {
       port: port ? Number(port) : engine === 'sentinel' ? 26379 : 6379,
     };
   });
+  const decode = (part: string) => {
+    try {
+      return decodeURIComponent(part);
+    } catch (cause) {
+      throw new Error(unescaped, { cause });
+    }
+  };
   const options: RedisOptions = {
-    ...(username ? { username: decodeURIComponent(username) } : {}),
-    ...(password ? { password: decodeURIComponent(password) } : {}),
+    ...(username ? { username: decode(username) } : {}),
+    ...(password ? { password: decode(password) } : {}),
     ...(scheme === 'rediss' ? { tls: readTlsOptions(query ?? '') } : {}),
   };
   if (engine === 'cluster') return { kind: 'cluster', options, nodes: hosts };
@@ -486,6 +496,8 @@ export function parseRedisUrl(text: string): Target {
   }
   if (hosts.length !== 1)
     throw new Error('REDIS_URL names several hosts: use redis+sentinel:// or redis+cluster://');
+  if (path && !/^\d+$/.test(path))
+    throw new Error(`REDIS_URL: the database must be a number, as in redis://host:6379/0`);
   return {
     kind: 'server',
     options: {

@@ -45,6 +45,8 @@ export interface RequestQueue {
   positions(node: string, most: number): Promise<Map<string, number>>;
   ensureGroup(node: string): Promise<void>;
   ack(request: QueuedRequest, worker: string): Promise<boolean>;
+  /** Makes a request this worker's, whoever holds it. */
+  takeOver(request: QueuedRequest, worker: string): Promise<void>;
   retryLater(request: QueuedRequest, worker: string, delayMs: number): Promise<boolean>;
   deadLetter(
     request: QueuedRequest,
@@ -122,6 +124,10 @@ export function createRequestQueue({ redis, keys }: { redis: RedisConnection; ke
         redis.script('ack', [keys.requests(request.node)], [GROUP, worker, request.entry]),
       );
       return acked === 1;
+    },
+    async takeOver({ node, entry }, worker) {
+      const claim = ['xclaim', keys.requests(node), GROUP, worker, 0, entry, 'JUSTID'] as const;
+      await retrying(() => redis.client.call(...claim));
     },
     async retryLater(request, worker, delayMs) {
       const moved = await retrying(() =>

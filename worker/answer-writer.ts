@@ -71,8 +71,6 @@ export class AnswerWriter {
   fenced = false;
   /** It was expected to be the first attempt, and is not. */
   stale = false;
-  /** Redis forgot it in a failover, and another worker opened an attempt of the same number. */
-  twin = false;
   lastAppendMs = Date.now();
 
   private readonly parts: {
@@ -438,8 +436,7 @@ export class AnswerWriter {
           return;
         }
         logger().info({ reason, state: restored.state }, 'attempt lost');
-        this.twin = restored.state === 'twin';
-        this.stale = !this.opened && !this.twin;
+        this.stale = !this.opened;
         this.setFenced();
         return;
       } catch (error) {

@@ -30,7 +30,7 @@ export interface HandlerContext {
   signal: AbortSignal;
   /** 1 for the first attempt. */
   attempt: number;
-  /** The text of the attempt before, empty on the first. Yield it again to continue from it. */
+  /** The text of the last attempt that said anything, empty on the first. Yield it again to continue from it. */
   partial: string;
   /** A W3C `traceparent` to send along, while traces are on. */
   trace?: string;

@@ -23,6 +23,7 @@ import type { Handler, HandlerResult } from './handler.ts';
 
 const MAX_RETRY_MS = 600_000; // the most that a Retry-After is obeyed
 const MAX_BACKOFF_MS = 60_000;
+const PARTIAL_ATTEMPTS = 5; // that are asked for a partial answer, the last one first
 const TURN_TOKENS = 256; // a model that never waits gives the event loop a turn after so many tokens
 
 export interface RequestParts {
@@ -59,10 +60,18 @@ export interface RunningRequest {
 
 class Released extends Error {}
 
+/**
+ * An attempt that is not what it seemed, of which `begin` decides. stale: no first attempt, and nothing was written.
+ * twin: a failover forgot it, and another worker opened one of the same number; clients may have been shown ids of both,
+ * and only an attempt above both tells them so.
+ */
+type Misjudged = 'stale' | 'twin';
+
 export function runRequest(request: QueuedRequest, parts: RequestParts): RunningRequest {
   let controller = new AbortController();
   const watch = parts.watch(request);
   let timedOut = false;
+  let leaving = false;
   let child: Logger | undefined;
   /** Made when it is first needed: most requests say nothing at the usual level. */
   const logger = () => {
@@ -79,6 +88,7 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
       controller.abort(new Error('the attempt was replaced'));
     },
     release() {
+      leaving = true;
       controller.abort(new Released('the worker is leaving'));
     },
     expire() {
@@ -107,28 +117,30 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
 
   async function work(): Promise<Outcome> {
     const { queue, worker } = parts;
-    if (request.payload !== '' && request.deliveries === 1) {
-      const payload = JSON.parse(request.payload) as ChatPayload;
-      const outcome = await run({ attempt: 1, tries: 1, payload, trace: request.trace }, (writer) =>
-        writer.expect(request.node),
-      );
-      if (outcome !== 'again') return outcome;
-      // Somebody may have claimed it while this process stood still: then it is theirs.
-      const held =
-        running.writer?.twin || (await queue.extend(request.node, worker, [request.entry])).length === 0;
-      if (!held) return 'skipped';
-    }
-    for (;;) {
-      const { reason } = controller.signal;
-      if (controller.signal.aborted) controller = new AbortController();
-      if (reason instanceof Released) controller.abort(reason);
-      const outcome = await begin();
-      if (outcome !== 'again') return outcome;
+    const isFirst = request.payload !== '' && request.deliveries === 1;
+    for (let outcome = isFirst ? await expect() : await begin(); ; outcome = await begin()) {
+      if (outcome === 'stale') {
+        // Somebody may have claimed it while this process stood still: then it is theirs.
+        const lost = await queue.extend(request.node, worker, [request.entry]);
+        if (lost.length > 0) return 'skipped';
+      } else if (outcome === 'twin') await queue.takeOver(request, worker);
+      else return outcome;
+      logger().info({ outcome }, 'not the attempt that it seemed; asking what it is');
+      controller = new AbortController();
+      if (leaving) running.release();
     }
   }
 
+  /** Runs it as the first attempt that it is likely to be. */
+  async function expect(): Promise<Outcome | Misjudged> {
+    const payload = JSON.parse(request.payload) as ChatPayload;
+    return run({ attempt: 1, tries: 1, payload, trace: request.trace }, (writer) =>
+      writer.expect(request.node),
+    );
+  }
+
   /** Asks Redis for the next attempt, and runs it. */
-  async function begin(): Promise<Outcome | 'again'> {
+  async function begin(): Promise<Outcome | Misjudged> {
     const { store, queue, worker, config } = parts;
     const begun = await store.begin({
       user: request.user,
@@ -147,13 +159,13 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
     return run(begun, (writer) => writer.started(begun.routes, begun.before));
   }
 
-  /** One attempt, from its first write to its end. 'again': it was none, or not the only one: `begin` decides. */
+  /** One attempt, from its first write to its end. */
   async function run(
     begun: Pick<Extract<Begun, { attempt: number }>, 'attempt' | 'tries' | 'payload' | 'trace'> & {
       state?: 'run' | 'exhausted';
     },
     open: (writer: AnswerWriter) => void,
-  ): Promise<Outcome | 'again'> {
+  ): Promise<Outcome | Misjudged> {
     const { store, queue, worker, config } = parts;
     const { payload, tries } = begun;
     const attempt: Attempt = {
@@ -175,7 +187,7 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
         controller.abort(new Error('the attempt was replaced'));
       },
       onMended: () => watch.mended(),
-      isLeaving: () => controller.signal.reason instanceof Released,
+      isLeaving: () => leaving,
     });
     running.writer = writer;
     open(writer);
@@ -222,7 +234,7 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
       if (!acknowledged) await queue.ack(request, worker);
     }
 
-    async function retry(failure: RivuletError): Promise<Outcome | 'again'> {
+    async function retry(failure: RivuletError): Promise<Outcome | Misjudged> {
       await writer.settled(); // what the client saw of this attempt is in the log before the next begins
       writer.abandon();
       if (!(await store.release(attempt, true))) return lost();
@@ -236,7 +248,7 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
       return 'retry';
     }
 
-    async function fail(failure: RivuletError, attempts: number): Promise<Outcome | 'again'> {
+    async function fail(failure: RivuletError, attempts: number): Promise<Outcome | Misjudged> {
       const terminal: Terminal = {
         type: 'failed',
         code: failure.code,
@@ -265,7 +277,7 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
       return 'failed';
     }
 
-    async function release(): Promise<Outcome | 'again'> {
+    async function release(): Promise<Outcome | Misjudged> {
       await writer.settled();
       writer.abandon();
       if (!(await store.release(attempt, false))) return lost();
@@ -274,13 +286,12 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
       return 'released';
     }
 
-    async function lost(): Promise<Outcome | 'again'> {
-      if (writer.stale || writer.twin) {
-        logger().info({ twin: writer.twin }, 'not the attempt that it seemed; asking what it is');
-        return 'again';
-      }
-      // Ended by a cancel: the entry is still ours to remove. Taken over: the script finds it is not.
+    async function lost(): Promise<Outcome | Misjudged> {
+      if (writer.stale) return 'stale';
       const [record] = await store.inspect([request]);
+      if (record?.status === 'running' && record.attempt === attempt.attempt && record.owner !== worker)
+        return writer.hasLog ? 'twin' : 'stale';
+      // Ended by a cancel: the entry is still ours to remove. Taken over: the script finds it is not.
       const ended =
         !record || record.status === 'cancelled' || record.status === 'done' || record.status === 'failed';
       if (ended) await queue.ack(request, worker);
@@ -300,7 +311,11 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
   ): Promise<HandlerResult | undefined> {
     const { config, store } = parts;
     let partial = ''; // of the last attempt that said anything
-    for (let before = attempt - 1; before > 0 && partial === ''; before--)
+    for (
+      let before = attempt - 1;
+      before > Math.max(0, attempt - 1 - PARTIAL_ATTEMPTS) && partial === '';
+      before--
+    )
       partial = await store.readText(request.user, request.messageId, before);
     const generator = parts.handler(
       { ...payload, userId: request.user, messageId: request.messageId },

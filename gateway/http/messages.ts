@@ -1,6 +1,6 @@
 import { randomUUID } from 'node:crypto';
 import { z } from 'zod';
-import type { ErrorCode } from '../../shared/errors.ts';
+import { type ErrorCode, RivuletError } from '../../shared/errors.ts';
 import type { Groups } from '../../shared/groups.ts';
 import {
   contentsSchema,
@@ -105,7 +105,9 @@ export function createMessageRoutes(parts: MessageRouteParts): Record<string, Re
         return await handle(call);
       } catch (error) {
         if (error instanceof Refused) return error.answer;
-        if (!isConnectionError(error)) throw error;
+        if (error instanceof RivuletError && error.code === 'invalid_frame')
+          return new Refused(409, error.code, error.message).answer;
+        if (!isConnectionError(error) && !(error instanceof RivuletError)) throw error;
         return new Refused(503, 'internal', 'the message store is not reachable; try again', {
           'retry-after': '1',
         }).answer;
@@ -146,6 +148,7 @@ export function createMessageRoutes(parts: MessageRouteParts): Record<string, Re
     } else if ('group' in to) {
       const { group } = to;
       outcome = await office.toMany(
+        to,
         async () => {
           const members = await groups.members(group);
           if (members.length === 0)
@@ -163,7 +166,7 @@ export function createMessageRoutes(parts: MessageRouteParts): Record<string, Re
           `to.users may name ${parts.mostUsers} users; these are ${users.length}`,
         );
       checkUsers('to.users', users);
-      outcome = await office.toMany(async () => users, message);
+      outcome = await office.toMany(to, async () => users, message);
     } else {
       const parsed = parseUserId(to.user);
       if ('reason' in parsed) throw new Refused(400, 'invalid_frame', `to.user: ${parsed.reason}`);

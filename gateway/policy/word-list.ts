@@ -50,7 +50,7 @@ export async function createWordList(options: {
   }
 
   /** Resolves when a new thread has the list; that one is replaced when it ends. */
-  function start(): Promise<void> {
+  async function start(): Promise<void> {
     const worker = new Worker(new URL('./word-matcher.ts', import.meta.url), {
       workerData: { wordList: path },
     });

@@ -2,15 +2,12 @@
 -- KEYS: 1 record, 2 log
 -- ARGV: 1 attempt, 2 worker, 3 request entry, 4 life of an open record in ms, then (seq, text) pairs from seq 1 on
 -- Returns {'restored', routes} | {'fenced'} | {'missing'} the record itself is gone
---       | {'twin'} another worker has opened an attempt of this number: a failover had lost ours. What clients were shown
---         under its ids is of two texts now; only an attempt above both tells them so.
 local record = redis.call('HMGET', KEYS[1], 'status', 'attempt', 'owner', 'routes')
 if not record[1] then return { 'missing' } end
 local ours = tonumber(ARGV[1])
 if record[1] ~= 'queued' and record[1] ~= 'running' then return { 'fenced' } end
 local attempt = tonumber(record[2])
-if attempt > ours then return { 'fenced' } end
-if attempt == ours and record[1] == 'running' and record[3] ~= ARGV[2] then return { 'twin' } end
+if attempt > ours or (attempt == ours and record[3] ~= ARGV[2]) then return { 'fenced' } end
 if attempt == ours and record[1] ~= 'running' then return { 'fenced' } end
 local top = redis.call('XREVRANGE', KEYS[2], '+', '-', 'COUNT', 1)
 local topAttempt, topSeq = 0, -1

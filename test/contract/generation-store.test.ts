@@ -376,7 +376,7 @@ test('a first attempt begins with its log, its start and its first text in one s
   assert.ok(Number(await redis.client.hget(keys.generation(user, 'm'), 'beat')) > 0);
   // Its worker has lost the answer, or finds that it was lost with the server's memory.
   assert.equal((await store.restore(attempt, ['first'])).state, 'restored');
-  assert.equal((await store.restore(expected(user, 'm', 'w2'), ['other'])).state, 'twin');
+  assert.equal((await store.restore(expected(user, 'm', 'w2'), ['other'])).state, 'fenced');
   assert.equal(await append(attempt, 2, 'second'), '1-2');
   assert.ok((await redis.client.pttl(keys.log(user, 'm'))) > 0);
   assert.equal((await begin(user, 'm', 'w2', '2-1')).state, 'duplicate');

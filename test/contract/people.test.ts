@@ -294,7 +294,7 @@ test('a notice that was not published is published when it is repeated, and only
     countHere: () => 1,
     node: 'n1',
   });
-  await redis.client.xadd(keys.replies('n9'), '*', 'made', 'by its gateway');
+  for (const node of ['n1', 'n9']) await redis.client.xadd(keys.replies(node), '*', 'made', 'by its gateway');
   const published = async () => (await redis.client.xlen(keys.replies('n9'))) - 1;
   const notice = { messageId: 'to-all', from: '0', contents: 'hi', sentAt: 5 };
   await assert.rejects(office.toAll(notice), /^Error: no$/);
@@ -305,6 +305,32 @@ test('a notice that was not published is published when it is repeated, and only
   assert.deepEqual(await office.toAll({ ...notice, sentAt: 6 }), outcome);
   assert.equal(await published(), 1);
   assert.ok((await redis.client.pttl(keys.sent('0', 'to-all'))) > 0);
+});
+
+test('a notice right after an outage reaches gateways whose leases have run out; an id goes to one set of people', async () => {
+  const entry = { instance: 'a', startedAt: 0, url: null, connections: 2 };
+  const look = async () =>
+    createLiveNodes(
+      [
+        { ...entry, node: 'just-expired', until: 9_000 },
+        { ...entry, node: 'long-gone', until: -60_000 },
+      ],
+      10_000,
+    );
+  const [live, countHere] = [() => createLiveNodes([], 0), () => 1];
+  const office = createPostOffice({ redis, keys, inboxes, live, look, countHere, node: 'here' });
+  const notice = { messageId: 'late', from: '0', contents: 'hi', sentAt: 5 };
+  await assert.rejects(office.toAll(notice), /not every gateway/); // its own stream is not there yet
+  const nodes = ['here', 'just-expired', 'long-gone'];
+  for (const node of nodes) await redis.client.xadd(keys.replies(node), '*', 'made', 'by its gateway');
+  assert.equal((await office.toAll(notice)).online, 3);
+  const lengths = await Promise.all(nodes.map((node) => redis.client.xlen(keys.replies(node))));
+  assert.deepEqual(lengths, [2, 2, 1]);
+
+  const both = async (name: string) =>
+    office.toMany({ group: name }, async () => [], { ...notice, messageId: 'm' });
+  assert.deepEqual(await both('g1'), await both('g1'));
+  await assert.rejects(both('g2'), { code: 'invalid_frame' });
 });
 
 test('the quota counts a message once, and gives back what failed or was not queued', async () => {

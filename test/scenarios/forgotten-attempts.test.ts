@@ -15,36 +15,50 @@ function handlerFile(t: TestContext, body: string): string {
   return file;
 }
 
-test('two workers with an attempt of the same number: no client gets a mixture', async (t) => {
-  const HANDLER = handlerFile(
-    t,
-    `for (let word = 1; word <= 30; word++) {
-      yield 'a' + attempt + '.' + word + ' ';
-      await new Promise((resolve) => setTimeout(resolve, 50));
-    }`,
-  );
-  const { look, keys, ...stack } = await startStack(t, { workers: 1, workerEnv: { HANDLER } });
-  const client = await stack.client(20001);
-  client.send({ type: 'chat', messageId: 'm', contents: 'hello' });
-  for (let frames = 0; frames < 5; frames++) await client.next('token', 'm');
+// A quick one finds out when an append is refused, a slow one by a look at its record.
+for (const [pace, count, waitMs] of [
+  ['quick', 30, 50],
+  ['slow', 5, 2_000],
+] as const)
+  test(`two workers with an attempt of the same number, ours ${pace}: no client gets a mixture`, async (t) => {
+    const HANDLER = handlerFile(
+      t,
+      `for (let word = 1; word <= ${count}; word++) {
+        yield 'a' + attempt + '.' + word + ' ';
+        await new Promise((resolve) => setTimeout(resolve, ${waitMs}));
+      }`,
+    );
+    const { look, keys, ...stack } = await startStack(t, { workers: 1, workerEnv: { HANDLER } });
+    const client = await stack.client(20001);
+    client.send({ type: 'chat', messageId: 'm', contents: 'hello' });
+    for (let frames = 0; frames < 2; frames++) await client.next('token', 'm');
 
-  // The new master knew the request as one that nobody had read; somebody did, and began.
-  const [record, log] = [keys.generation('20001', 'm'), keys.log('20001', 'm')];
-  const id = Number((await look.client.xrevrange(log, '+', '-', 'COUNT', 1))[0]![0].split('-')[1]);
-  await look.client
-    .multi()
-    .hset(record, 'owner', 'w-other', 'attempt', 1)
-    .del(log)
-    .xadd(log, '1-0', 'start', '1')
-    .xadd(log, `1-${id + 100}`, 'token', 'of another answer')
-    .exec();
-  const answer = await client.answer('m');
-  assert.equal(answer.text, Array.from({ length: 30 }, (_, index) => `a2.${index + 1} `).join(''));
-  assert.match(answer.end.id!, /^2-/);
-  const again = await stack.client(20001);
-  again.send({ type: 'resume', messageId: 'm' });
-  assert.equal((await again.answer('m')).text, answer.text);
-});
+    // The new master knew the request as one that nobody had read; somebody did, and began.
+    const [record, log] = [keys.generation('20001', 'm'), keys.log('20001', 'm')];
+    const requests = keys.requests('n1');
+    const holder = async () => {
+      const [pending] = await look.client.xpending(requests, 'workers', '-', '+', 1);
+      return (pending as [entry: string, worker: string]).slice(0, 2);
+    };
+    const id = Number((await look.client.xrevrange(log, '+', '-', 'COUNT', 1))[0]![0].split('-')[1]);
+    const [entry, worker] = await holder();
+    await look.client
+      .multi()
+      .xclaim(requests, 'workers', 'w-other', 0, entry!)
+      .hset(record, 'owner', 'w-other', 'attempt', 1)
+      .del(log)
+      .xadd(log, '1-0', 'start', '1')
+      .xadd(log, `1-${id + 100}`, 'token', 'of another answer')
+      .exec();
+    for (let begun = ''; begun !== '2-0'; ) begun = (await client.next('start', 'm')).id;
+    assert.deepEqual(await holder(), [entry, worker], 'it is ours again');
+    const answer = await client.answer('m');
+    assert.equal(answer.text, Array.from({ length: count }, (_, index) => `a2.${index + 1} `).join(''));
+    assert.match(answer.end.id!, /^2-/);
+    const again = await stack.client(20001);
+    again.send({ type: 'resume', messageId: 'm' });
+    assert.equal((await again.answer('m')).text, answer.text);
+  });
 
 test('an attempt that said nothing does not hide what the one before had said', async (t) => {
   const HANDLER = handlerFile(t, `yield attempt + ': after "' + partial + '"';`);

@@ -9,6 +9,7 @@ import { after, before, test } from 'node:test';
 import { fileURLToPath } from 'node:url';
 import { promisify } from 'node:util';
 import { openChat, type TestClient } from '../helpers/chat-client.ts';
+import { urlFor } from '../helpers/redis-users.ts';
 import { type GatewayProcess, type Stack, startStack } from '../helpers/stack.ts';
 
 /** The checks at the door: bans, locks, devices, quotas, moderation; and the administrators' command. */
@@ -83,19 +84,12 @@ async function refused(user: string, gateway: GatewayProcess): Promise<{ error: 
   return { error: error.code, code: (await client.closed).code };
 }
 
+/** As the operator, unless the server is somebody else's. */
 async function users(...args: string[]): Promise<string> {
+  const url = process.env.TEST_REDIS_URL ? stack.redisUrl : urlFor('operator', stack.redisUrl);
   const { stdout } = await run(
     process.execPath,
-    [
-      '--import',
-      './infra/typescript.mjs',
-      'infra/users.ts',
-      ...args,
-      '--redis',
-      stack.redisUrl,
-      '--by',
-      'tester',
-    ],
+    ['--import', './infra/typescript.mjs', 'infra/users.ts', ...args, '--redis', url, '--by', 'tester'],
     { cwd: ROOT },
   );
   return stdout;

@@ -938,3 +938,19 @@ test('the file has no import left when its types are stripped', async () => {
   assert.doesNotMatch(code, /^\s*import\s/m);
   assert.doesNotMatch(code, /from\s+['"]/);
 });
+
+test('what the server would refuse without saying whose it was is refused here', async (t) => {
+  const { client } = await connected(t);
+  const long = 'x'.repeat(129);
+  for (const asked of [
+    client.send({ user: '20002' }, 'hi', { messageId: 'with space' }),
+    client.send({ user: '20002' }, 'hi', { messageId: long }),
+    client.send({ user: 'ü' }, 'hi'),
+    client.send({ group: '' }, 'hi'),
+    client.presence([]),
+    client.presence(Array(101).fill('20002')),
+    client.presence(['20002', 'a b']),
+  ])
+    await assert.rejects(asked, { code: 'invalid_frame' });
+  assert.equal(await codeOf(client.chat('hi', { messageId: long }).done), 'invalid_frame');
+});

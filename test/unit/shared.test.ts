@@ -57,6 +57,13 @@ test('REDIS_URL chooses the engine', () => {
   assert.ok(cluster.options.tls);
   assert.throws(() => parseRedisUrl('redis+sentinel://a:1'), /name of the master/);
   assert.throws(() => parseRedisUrl('redis://a,b'), /several hosts/);
+  for (const raw of [':xx/yy@host', 'user:1234/56@host', 'user:xx@yy@host', ':%zzyy@host'])
+    assert.throws(
+      () => parseRedisUrl(`redis://${raw}:6379`),
+      ({ message }: Error) => /percent-encoded/.test(message) && !/yy|1234/.test(message),
+      raw,
+    );
+  assert.throws(() => parseRedisUrl('redis://host/abc'), /must be a number/);
   assert.equal(redactUrl('redis://u:secret@h:1'), 'redis://***@h:1');
 });
 

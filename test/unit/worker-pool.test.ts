@@ -21,12 +21,12 @@ test('a worker that hangs is killed and replaced', { timeout: 20_000 }, async (t
     for (const left of pool.pids) process.kill(left, 'SIGKILL');
     return pool.stop();
   });
-  pool.adjust(1, new Map());
+  pool.adjust(1, new Map(), true);
   const [pid] = pool.pids as [number];
   process.kill(pid, 'SIGSTOP'); // like a handler in an endless loop
-  const look = (running: Map<number, number>) => {
+  const look = (running: Map<number, number>, isCurrent = true) => {
     t.mock.timers.tick(1_000);
-    pool.adjust(1, running);
+    pool.adjust(1, running, isCurrent);
   };
   for (let second = 0; second < 60; second++) look(new Map()); // still starting
   const there = new Map([[pid, 1]]);
@@ -34,7 +34,8 @@ test('a worker that hangs is killed and replaced', { timeout: 20_000 }, async (t
   for (let second = 0; second < 25; second++) look(new Map());
   look(there); // it was only slow
   t.mock.timers.tick(600_000); // Redis was away
-  for (let second = 0; second < 15; second++) look(new Map());
+  for (let second = 0; second < 60; second++) look(new Map(), false); // it refuses writes
+  for (let second = 0; second < 25; second++) look(new Map());
   await new Promise((resolve) => setTimeout(resolve, 50));
   assert.deepEqual(pool.pids, [pid]);
   for (let second = 0; second < 10; second++) look(new Map());
@@ -47,7 +48,7 @@ test('a worker that hangs is killed and replaced', { timeout: 20_000 }, async (t
 test('a worker without its autoscaler has its DRAIN_MS', async (t) => {
   const pool = createPool();
   t.after(() => pool.stop());
-  pool.adjust(1, new Map());
+  pool.adjust(1, new Map(), true);
   const processes = execFileSync('ps', ['-A', '-o', 'ppid=,args='], { encoding: 'utf8' });
   const guard = new RegExp(` ${pool.pids[0]} (\\d+)$`, 'm').exec(processes);
   assert.ok(Number(guard?.[1]) > 120, `killed after ${guard?.[1]} s`);
