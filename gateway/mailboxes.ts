@@ -94,6 +94,7 @@ export function createMailboxes(parts: {
 }) {
   const { node, instance, redis, keys, inboxes, live, counters, log } = parts;
   const { devicePolicy } = parts;
+  const replacesItself = typeof devicePolicy === 'number' ? 1 : 0; // a named device
   const most = devicePolicy === 'newest' ? -1 : devicePolicy === 'any' ? MOST_CONNECTIONS : devicePolicy;
   /** One mailbox, or several, for each user: most users have one. */
   const users = new Map<string, Mailbox | Mailbox[]>();
@@ -171,7 +172,7 @@ export function createMailboxes(parts: {
             inboxAfter,
             INBOX_PAGE,
             FRESH_ENTRY_MS,
-            typeof devicePolicy === 'number' ? 1 : 0,
+            replacesItself,
           ],
         ),
       )) as unknown[];
@@ -226,10 +227,13 @@ export function createMailboxes(parts: {
       if (ids) ids.push(replaced[index]!);
       else byNode.set(node, [replaced[index]!]);
     }
-    await redis.batch(
-      [...byNode].map(([node, ids]) =>
-        publishCloseCommand(keys, node, user, CLOSE.replaced, ids, 'replaced by a newer login'),
-      ),
+    const orders = [...byNode].map(([node, ids]) =>
+      publishCloseCommand(keys, node, user, CLOSE.replaced, ids, 'replaced by a newer login'),
+    );
+    await retrying(async () => {
+      for (const [error] of await redis.batch(orders)) if (error) throw error;
+    }).catch((error: Error) =>
+      log.warn({ err: error.message }, 'replaced connections are closed by the sweep'),
     );
   }
 
@@ -433,6 +437,7 @@ export function createMailboxes(parts: {
 
   async function look(batch: Mailbox[]): Promise<void> {
     const now = sinceStart();
+    const positions = batch.map(({ position }) => position);
     const commands = batch.flatMap((mailbox): Command[] => {
       const { userId, connectionId } = mailbox.owner;
       mailbox.lookedMs = now;
@@ -458,9 +463,16 @@ export function createMailboxes(parts: {
       }
       if (listed === 0 || now - mailbox.keptMs > KEEP_MS) keep.push(mailbox);
       if (mailbox.state === 'stalled' && !mailbox.owner.slow) void read(mailbox);
-      else if (mailbox.state === 'live' && compareInboxIds(inboxes.readTop(entries), mailbox.position) > 0) {
-        counters.gap();
-        void read(mailbox);
+      else if (mailbox.state === 'live') {
+        const top = inboxes.readTop(entries);
+        const ahead = compareInboxIds(top, mailbox.position);
+        if (ahead > 0) {
+          counters.gap();
+          void read(mailbox);
+        } else if (ahead < 0 && mailbox.position === positions[index]) {
+          // A failover took what was sent last: what comes now may have lower ids, by a clock that is behind.
+          mailbox.position = top;
+        }
       }
     });
     if (keep.length === 0) return;
@@ -469,7 +481,7 @@ export function createMailboxes(parts: {
         redis.scriptCommand(
           'keep_connection',
           [keys.connections(mailbox.owner.userId)],
-          [mailbox.owner.connectionId, entryOf(mailbox), most, CONNECTIONS_LIFE_MS],
+          [mailbox.owner.connectionId, entryOf(mailbox), most, CONNECTIONS_LIFE_MS, replacesItself],
         ),
       ),
     );

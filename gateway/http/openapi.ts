@@ -61,7 +61,7 @@ export function createOpenApi(limits: { messageBytes: number; mostUsers: number 
           operationId: 'sendMessage',
           summary: 'Sends a message to a user, several users, a group, or everyone who is online.',
           description:
-            'Kept in the inboxes before it is answered, except to all, which reaches only who is online. The same messageId again is answered like the first time and delivered once.',
+            'Kept in the inboxes before it is answered, except to all, which reaches only who is online. The same messageId again is answered like the first time and delivered once; to other recipients it is an error.',
           requestBody: {
             required: true,
             content: content('MessageRequest', {
@@ -80,6 +80,11 @@ export function createOpenApi(limits: { messageBytes: number; mostUsers: number 
                 example: { value: { id: '1700000000000-0', messageId: 'order-7', online: 1, offline: 0 } },
               }),
             },
+            409: failure(
+              'The messageId went to other recipients.',
+              'invalid_frame',
+              'this messageId was used',
+            ),
             ...FAILURES,
           },
         },

@@ -226,6 +226,19 @@ test('newest wins and a bound on devices are decided in one step', async () => {
   assert.equal((await connectionsOf(many)).length, 3);
 });
 
+test('a device that has bound anew is not brought back by the sweep of its old connection', async () => {
+  const user = nextUser();
+  await bind(user, 'new', { most: 3, device: 'phone', since: 5 });
+  const keep = (connection: string, device: string, since: number) => {
+    const json = entry('n1', device, since);
+    return redis.script('keep_connection', [keys.connections(user)], [connection, json, 3, LIFE_MS, 1]);
+  };
+  assert.equal(await keep('old', 'phone', 4), 0);
+  assert.equal(await keep('laptop', 'laptop', 4), 1);
+  assert.equal(await keep('nameless', 'default', 4), 1);
+  assert.deepEqual(await connectionsOf(user), ['laptop', 'nameless', 'new']);
+});
+
 test('groups are bounded, for the group and for the user', async () => {
   const groups = createGroups({ redis, keys, mostMembers: 3 });
   assert.deepEqual(await groups.add('g1', ['a', 'b']), { size: 2 });
