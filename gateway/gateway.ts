@@ -5,7 +5,7 @@ import type { Logger } from 'pino';
 import { ConfigError } from '../shared/config.ts';
 import { createGenerationStore } from '../shared/generation-store.ts';
 import { createKeys } from '../shared/keys.ts';
-import type { Running } from '../shared/lifecycle.ts';
+import { type Running, within } from '../shared/lifecycle.ts';
 import { createNodeRegistry } from '../shared/node-registry.ts';
 import { type PipelineSnapshot, readPipeline } from '../shared/pipeline.ts';
 import { CLOSE } from '../shared/protocol.ts';
@@ -52,6 +52,7 @@ const HEAL_MS = 1_000;
 const TRIM_ENTRIES = 2_000; // of the reply stream at a time: about a millisecond of Redis' time
 const SNAPSHOT_MS = 1_000;
 const CLOSE_BATCH = 500; // sockets closed at a time, so that a node's clients do not come back at once
+const CLOSE_MS = 3_000; // for each step of leaving once the sockets are closed
 
 export interface Gateway extends Running {
   readonly port: number;
@@ -367,7 +368,7 @@ export async function startGateway(config: GatewayConfig, log: Logger): Promise<
       }
       log.info({ closed }, 'sockets closed');
       stopping.abort();
-      for (const close of closers.reverse()) await close();
+      for (const close of closers.reverse()) await within(CLOSE_MS, close());
     }
     return {
       port: server.port,

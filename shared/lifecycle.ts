@@ -1,3 +1,4 @@
+import { setTimeout as delay } from 'node:timers/promises';
 import type { Logger } from 'pino';
 import { ConfigError } from './config.ts';
 
@@ -13,6 +14,11 @@ export interface Running {
   retire?(): Promise<void>;
   /** Settles when the process has nothing left to do on its own (serverless mode) or cannot go on. */
   ended?: Promise<void>;
+}
+
+/** A step of a stop, or so long at the most: what it asks Redis may never be answered (a Cluster that is away). */
+export async function within(ms: number, step: unknown): Promise<void> {
+  await Promise.race([step, delay(ms, undefined, { ref: false })]);
 }
 
 export async function runProcess(start: () => Promise<Running>, log: Logger): Promise<void> {

@@ -4,7 +4,7 @@ import { setTimeout as delay } from 'node:timers/promises';
 import type { Logger } from 'pino';
 import { createGenerationStore } from '../shared/generation-store.ts';
 import { createKeys } from '../shared/keys.ts';
-import type { Running } from '../shared/lifecycle.ts';
+import { type Running, within } from '../shared/lifecycle.ts';
 import { createNodeRegistry } from '../shared/node-registry.ts';
 import { createRedis } from '../shared/redis.ts';
 import { createRequestQueue, type QueuedRequest } from '../shared/request-queue.ts';
@@ -30,7 +30,7 @@ const BEAT_MS = 1_000; // the view of what workers do is at most this old
 const SEEN_LEASE_MS = 5_000;
 const RUNNING_SHOWN = 32;
 const BACKLOG_MS = 500; // then another worker may have what was read here and finds no room
-const FLUSH_MS = 2_000; // what was published when the worker leaves; it is in the logs
+const CLOSE_MS = 3_000; // for each step of leaving once nothing runs
 
 export async function startWorker(config: WorkerConfig, handler: Handler, log: Logger): Promise<Running> {
   const worker = `w-${hostname().slice(0, 24)}-${process.pid}-${randomBytes(3).toString('hex')}`;
@@ -133,7 +133,7 @@ export async function startWorker(config: WorkerConfig, handler: Handler, log: L
 
   /** What cannot be given back now is left to the lease. */
   async function giveBack(requests: QueuedRequest[]): Promise<void> {
-    for (const request of requests) await queue.retryLater(request, worker, 0).catch(() => false);
+    await Promise.all(requests.map((request) => queue.retryLater(request, worker, 0).catch(() => false)));
   }
 
   const room = () =>
@@ -220,8 +220,8 @@ export async function startWorker(config: WorkerConfig, handler: Handler, log: L
     stopReading.abort();
     for (const wake of roomWaiters.splice(0)) wake();
     roomWaiters = [];
-    await source.ended;
-    await giveBack(backlog.splice(0));
+    await within(CLOSE_MS, source.ended);
+    await within(CLOSE_MS, giveBack(backlog.splice(0)));
   }
 
   async function retire(): Promise<void> {
@@ -240,15 +240,18 @@ export async function startWorker(config: WorkerConfig, handler: Handler, log: L
       ]);
     if (running.size > 0) log.info({ running: running.size }, 'time is up; handing requests back');
     for (const one of running.values()) one.release();
-    await Promise.race([Promise.all([...running.values()].map((one) => one.ended)), delay(5_000)]);
-    await Promise.race([appender.flushed(), delay(FLUSH_MS)]); // Redis may be away
+    await within(5_000, Promise.all([...running.values()].map((one) => one.ended)));
+    await within(CLOSE_MS, appender.flushed());
     appender.close();
     stopKeeping.abort();
-    await Promise.all([leases, sweeper, beating, finishedLogs.ended]);
-    await leaveGroups();
-    await registry.leaveWorker(worker).catch(() => {});
+    await within(CLOSE_MS, Promise.all([leases, sweeper, beating, finishedLogs.ended]));
+    await within(CLOSE_MS, leaveGroups());
+    await within(
+      CLOSE_MS,
+      registry.leaveWorker(worker).catch(() => {}),
+    );
     unsubscribe();
-    for (const close of closers.reverse()) await close();
+    for (const close of closers.reverse()) await within(CLOSE_MS, close());
   }
 
   /** Removes this consumer where it holds nothing: XGROUP DELCONSUMER loses pending entries. */
