@@ -1,8 +1,8 @@
 import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { tryPort } from '../../infra/ports.ts';
 import { startRedisServer } from '../../infra/redis-server.ts';
+import { freePort } from '../helpers/free-port.ts';
 import type { LoadPlan } from './load-plan.ts';
 import { type BenchProcess, startProcess } from './processes.ts';
 
@@ -171,7 +171,7 @@ export async function startSystem(name: SystemName, options: StartOptions): Prom
     };
     const gateways = await Promise.all(
       nodes.map(async (node, index) => {
-        const port = description.speaks ? 0 : await tryPort('127.0.0.1', 0);
+        const port = description.speaks ? 0 : await freePort();
         const started = await start('gateway', index, {
           NODE_ID: node,
           PORT: String(port),

@@ -6,6 +6,7 @@ import { fileURLToPath } from 'node:url';
 import { build } from 'esbuild';
 import { type Browser, chromium, type Page } from 'playwright-core';
 import { eventually } from '../helpers/eventually.ts';
+import { freePort } from '../helpers/free-port.ts';
 import { type GatewayProcess, type Stack, startStack } from '../helpers/stack.ts';
 
 /** The AI SDK's `useChat` in a real Chromium, in React's strict mode, on a page of another origin. */
@@ -56,15 +57,6 @@ after(async () => {
   server?.close();
   server?.closeAllConnections();
 });
-
-function freePort(): Promise<number> {
-  return new Promise((resolve) => {
-    const probe = createServer().listen(0, '127.0.0.1', () => {
-      const { port } = probe.address() as AddressInfo;
-      probe.close(() => resolve(port));
-    });
-  });
-}
 
 let chats = 0;
 

@@ -4,8 +4,8 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { Redis } from 'ioredis';
 import { endWithThisProcess } from '../../infra/child-guard.ts';
-import { tryPort } from '../../infra/ports.ts';
 import { type RedisServer, startRedisServer } from '../../infra/redis-server.ts';
+import { freePort } from '../helpers/free-port.ts';
 import { until } from './stage.ts';
 
 /** A master, a replica and three sentinels, real ones, on loopback. */
@@ -34,7 +34,7 @@ export async function startSentinelSet(downAfterMs = 1_000): Promise<SentinelSet
   const servers: [RedisServer, RedisServer] = [first, second];
   const children: { child: ChildProcess; release: () => void; port: number }[] = [];
   for (let index = 0; index < 3; index++) {
-    const port = await tryPort('127.0.0.1', 0);
+    const port = await freePort();
     const own = join(dir, `s${index}`);
     mkdirSync(own);
     const file = join(own, 'sentinel.conf');

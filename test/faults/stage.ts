@@ -1,7 +1,7 @@
 import { setTimeout as delay } from 'node:timers/promises';
-import { tryPort } from '../../infra/ports.ts';
 import { createGenerationStore } from '../../shared/generation-store.ts';
 import { GROUP } from '../../shared/request-queue.ts';
+import { freePort } from '../helpers/free-port.ts';
 import { type GatewayProcess, type Stack, type StackProcess, startStack } from '../helpers/stack.ts';
 import { Crowd, type CrowdOptions, demoText, type Question } from './crowd.ts';
 import { record, type Tally } from './tally.ts';
@@ -110,18 +110,6 @@ export async function startStage(options: StageOptions): Promise<Stage> {
     throw error;
   }
   return stage;
-}
-
-/** A port below those that the system hands out: it is still free when a killed gateway wants it back. */
-async function freePort(): Promise<number> {
-  for (let attempt = 1; ; attempt++) {
-    const port = 20_000 + Math.floor(Math.random() * 12_000);
-    try {
-      return await tryPort('127.0.0.1', port);
-    } catch (error) {
-      if (attempt === 20) throw error;
-    }
-  }
 }
 
 export async function isReady(gateway: GatewayProcess): Promise<boolean> {

@@ -2,9 +2,9 @@ import { spawn } from 'node:child_process';
 import { readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
-import { tryPort } from '../../infra/ports.ts';
 import type { Certificate } from './certificate.ts';
 import { eventually } from './eventually.ts';
+import { freePort } from './free-port.ts';
 
 /** The shipped load balancer configurations, run by the real programs on free ports. */
 export interface LoadBalancer {
@@ -64,7 +64,7 @@ export async function startNginx(
 
 async function freePorts(count: number): Promise<number[]> {
   const ports = new Set<number>();
-  while (ports.size < count) ports.add(await tryPort('127.0.0.1', 0));
+  while (ports.size < count) ports.add(await freePort());
   return [...ports];
 }
 

@@ -1,10 +1,10 @@
 import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { tryPort } from '../../infra/ports.ts';
 import { type RedisServer, startRedisServer } from '../../infra/redis-server.ts';
 import { createRedis, type RedisConnection } from '../../shared/redis.ts';
 import { eventually } from './eventually.ts';
+import { freePortAndAt } from './free-port.ts';
 import { aclArgs } from './redis-users.ts';
 
 /** A real Redis Cluster: three masters with a replica each, on free ports, for slot moves and failovers. */
@@ -150,14 +150,12 @@ export async function startRedisCluster(): Promise<RedisCluster> {
   };
 }
 
-/** Free ports whose bus port, 10,000 above, is free too; below the range of outgoing connections. */
+/** Free ports whose bus port, 10,000 above, is free too. */
 async function freePorts(count: number): Promise<number[]> {
-  const ports: number[] = [];
-  for (let port = 12_000 + (process.pid % 8_000); ports.length < count; port++) {
-    const free = await Promise.all(
-      [port, port + 10_000].map((one) => tryPort('127.0.0.1', one).catch(() => null)),
-    );
-    if (free.every(Boolean)) ports.push(port);
+  const ports = new Set<number>();
+  while (ports.size < count) {
+    const port = await freePortAndAt(10_000);
+    if (port < 20_000) ports.add(port); // above are the bus ports of others
   }
-  return ports;
+  return [...ports];
 }

@@ -6,8 +6,8 @@ import { join } from 'node:path';
 import { type TestContext, test } from 'node:test';
 import { fileURLToPath } from 'node:url';
 import { parse } from 'yaml';
-import { tryPort } from '../../infra/ports.ts';
 import { eventually } from '../helpers/eventually.ts';
+import { freePort } from '../helpers/free-port.ts';
 
 /**
  * What `infra/compose.yaml` runs of other people's programs, run outside a container with compose's own arguments
@@ -61,7 +61,7 @@ test('redis: starts on redis.conf, is healthy, keeps an append-only file, evicts
   const service = services.redis;
   const server = process.env.REDIS_SERVER ?? 'redis-server';
   const cli = server.replace(/-server$/, '-cli');
-  const port = await tryPort('127.0.0.1', 0);
+  const port = await freePort();
   const conf = readFileSync(`${INFRA}redis.conf`, 'utf8');
   const acl = /^aclfile (\S+)$/m.exec(conf)![1]!;
   assert.notEqual(mapped(service, acl), acl, 'compose mounts the ACL file where redis.conf looks for it');
@@ -115,7 +115,7 @@ test('haproxy: the configuration is valid and runs before any gateway has a name
   });
   assert.notEqual(broken.status, 0, 'the check does check');
 
-  const [clients, stats] = [await tryPort('127.0.0.1', 0), await tryPort('127.0.0.1', 0)];
+  const [clients, stats] = [await freePort(), await freePort()];
   const running = start(t, haproxy, args, folder(t), {
     ...service.environment,
     HTTP_BIND: `127.0.0.1:${clients}`,

@@ -9,6 +9,7 @@ import { type TestContext, test } from 'node:test';
 import { setTimeout as delay } from 'node:timers/promises';
 import { readCommand, tryPort } from '../../infra/ports.ts';
 import { readRunState } from '../../infra/run-state.ts';
+import { freePortAndAt } from '../helpers/free-port.ts';
 
 /** The real `npm start`, with its data in a temporary folder and on free ports. */
 function npmStart(t: TestContext, env: Record<string, string>) {
@@ -60,14 +61,6 @@ async function tempFolder(t: TestContext): Promise<string> {
   return folder;
 }
 
-/** A free port whose next one is free too. */
-async function freePair(): Promise<number> {
-  for (;;) {
-    const port = await tryPort('127.0.0.1', 0);
-    if (port < 65_535 && (await tryPort('127.0.0.1', port + 1).catch(() => null))) return port;
-  }
-}
-
 async function untilGone(pids: number[]): Promise<void> {
   for (let waited = 0; pids.some((pid) => readCommand(pid)); waited += 50) {
     assert.ok(waited < 20_000, `still running: ${pids.filter((pid) => readCommand(pid)).join(', ')}`);
@@ -79,7 +72,7 @@ const readPids = (line: string) => [...line.matchAll(/\w+ (\d+)(?:,| )/g)].map((
 
 test('npm start: an address that answers, calm refusals of a second one, and a Ctrl-C that leaves nothing', async (t) => {
   const folder = await tempFolder(t);
-  const port = await freePair();
+  const port = await freePortAndAt(1);
   const first = npmStart(t, { RIVULET_DIR: folder, PORT: String(port) });
   const [, page] = await first.says(/Page +(http:\S+)/);
   assert.equal(page, `http://127.0.0.1:${port}`);
@@ -98,7 +91,7 @@ test('npm start: an address that answers, calm refusals of a second one, and a C
   const samePort = npmStart(t, { RIVULET_DIR: folder, PORT: String(port) });
   assert.notEqual(await samePort.ended, 0);
   assert.match(samePort.output(), new RegExp(`Port ${port} is taken: Rivulet already runs from this folder`));
-  const sameFolder = npmStart(t, { RIVULET_DIR: folder, PORT: String(await freePair()) });
+  const sameFolder = npmStart(t, { RIVULET_DIR: folder, PORT: String(await freePortAndAt(1)) });
   assert.notEqual(await sameFolder.ended, 0);
   assert.match(sameFolder.output(), /already runs from this folder \(process \d+\).*RIVULET_DIR=.*PORT=/);
 
@@ -117,7 +110,7 @@ test('npm start: an address that answers, calm refusals of a second one, and a C
 
 test('npm start: a port that another program has is named, with its owner and the way out', async (t) => {
   const folder = await tempFolder(t);
-  const port = await freePair();
+  const port = await freePortAndAt(1);
   const other = createServer().listen(port + 1, '127.0.0.1');
   t.after(() => other.close());
   const started = npmStart(t, { RIVULET_DIR: folder, PORT: String(port) });
@@ -143,7 +136,7 @@ test('npm start: a setting that a gateway refuses ends all, with its words', asy
   const folder = await tempFolder(t);
   const started = npmStart(t, {
     RIVULET_DIR: folder,
-    PORT: String(await freePair()),
+    PORT: String(await freePortAndAt(1)),
     QUEUE_LIMIT: 'many',
   });
   assert.notEqual(await started.ended, 0);
@@ -153,7 +146,11 @@ test('npm start: a setting that a gateway refuses ends all, with its words', asy
 
 test('npm start: when npm is killed, what it started ends by itself', async (t) => {
   const folder = await tempFolder(t);
-  const started = npmStart(t, { RIVULET_DIR: folder, PORT: String(await freePair()), DRAIN_MS: '1000' });
+  const started = npmStart(t, {
+    RIVULET_DIR: folder,
+    PORT: String(await freePortAndAt(1)),
+    DRAIN_MS: '1000',
+  });
   const pids = readPids((await started.says(/Processes.*\n/))[0]);
   started.signalGroup('SIGKILL'); // npm, the bootstrap and infra/local.ts at once
   await untilGone(pids);

@@ -3,8 +3,8 @@ import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'node:test';
-import { tryPort } from '../../infra/ports.ts';
 import { makeCertificate } from '../helpers/certificate.ts';
+import { freePort } from '../helpers/free-port.ts';
 import { spawnProcess, startStack } from '../helpers/stack.ts';
 
 test('TLS to Redis, with an authority of our own and a client certificate', {
@@ -13,7 +13,7 @@ test('TLS to Redis, with an authority of our own and a client certificate', {
   const dir = mkdtempSync(join(tmpdir(), 'rivulet-tls-'));
   t.after(() => rmSync(dir, { recursive: true, force: true }));
   const { cert, key } = makeCertificate(dir);
-  const port = await tryPort('127.0.0.1', 0);
+  const port = await freePort();
   const env = {
     REDIS_URL: `rediss://127.0.0.1:${port}`,
     REDIS_TLS_CA: cert,
