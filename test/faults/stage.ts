@@ -219,6 +219,23 @@ export async function audit(context: FaultContext, stage: Stage, crowd: Crowd): 
   const { tally } = context;
   const { look, keys } = stage.stack;
   const store = createGenerationStore({ redis: look, keys, retentionMs: 60_000 });
+  // Requests, retries and claims drain. Only then: an end that a failover took is written again after the lease.
+  const nodes = stage.stack.gateways.map((one) => one.node);
+  const left = async () => {
+    let count = 0;
+    for (const node of new Set(nodes)) {
+      count += await look.client.xlen(keys.requests(node));
+      count += await look.client.zcard(keys.retries(node));
+      const pending = (await look.client.xpending(keys.requests(node), GROUP).catch(() => [0])) as unknown[];
+      count += Number(pending[0]);
+    }
+    return count;
+  };
+  try {
+    await until('the request streams are empty', 20_000, async () => (await left()) === 0);
+  } catch {
+    record(tally, 'errors', `${await left()} requests are left in the streams`);
+  }
   for (const answer of crowd.answers) {
     if (answer.end !== 'done' && answer.end !== 'cancelled' && answer.end !== 'failed') continue;
     const attached = await store.attach(answer.user, answer.messageId, 'audit', '');
@@ -244,23 +261,7 @@ export async function audit(context: FaultContext, stage: Stage, crowd: Crowd): 
     }
     if (text !== answer.text) record(tally, 'wrong', `${name}: the log has another text than the client saw`);
   }
-  // Requests, retries and claims drain; nobody's open place is left.
-  const nodes = stage.stack.gateways.map((one) => one.node);
-  const left = async () => {
-    let count = 0;
-    for (const node of new Set(nodes)) {
-      count += await look.client.xlen(keys.requests(node));
-      count += await look.client.zcard(keys.retries(node));
-      const pending = (await look.client.xpending(keys.requests(node), GROUP).catch(() => [0])) as unknown[];
-      count += Number(pending[0]);
-    }
-    return count;
-  };
-  try {
-    await until('the request streams are empty', 15_000, async () => (await left()) === 0);
-  } catch {
-    record(tally, 'errors', `${await left()} requests are left in the streams`);
-  }
+  // Nobody's open place is left.
   const open: string[] = [];
   for (const client of crowd.clients)
     for (const messageId of await look.client.hkeys(keys.active(client.user)))
