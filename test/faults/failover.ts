@@ -50,9 +50,12 @@ async function failOver(
   await until('a new master', 30_000, async () => (await set.master()) !== old);
   context.tally.notes.push(`new master after ${Date.now() - began} ms`);
   await backToReady(context, stage);
-  if (freeze)
-    await set.servers[old].kill('SIGCONT'); // wakes believing that it is the master
-  else await set.servers[old].restart();
+  if (!freeze) {
+    await set.servers[old].restart();
+    return;
+  }
+  await set.servers[old].kill('SIGCONT'); // wakes believing that it is the master
+  await set.waitForReplica(); // or the audit, which looks at the same Redis, might believe it too
 }
 
 /** The master dies or freezes; the replica has all but the last moments. */
