@@ -1,5 +1,6 @@
 import { setImmediate as turn } from 'node:timers/promises';
 import type { Logger } from 'pino';
+import { readRefusal, refusalCommand } from '../shared/access.ts';
 import {
   compareInboxIds,
   encodeMessage,
@@ -443,7 +444,7 @@ export function createMailboxes(parts: {
       mailbox.lookedMs = now;
       return [
         ['hexists', keys.connections(userId), connectionId],
-        ['hmget', keys.access(userId), 'banned', 'lockedUntil'],
+        refusalCommand(keys, userId),
         inboxes.topCommand(userId),
       ];
     });
@@ -456,9 +457,9 @@ export function createMailboxes(parts: {
       ) as [[Error | null, unknown], [Error | null, unknown], [Error | null, unknown]];
       if (errorA ?? errorB ?? errorC) throw errorA ?? errorB ?? errorC;
       if (isClosed(mailbox) || mailbox.state === 'binding') return;
-      const [banned, lockedUntil] = access as [string | null, string | null];
-      if (banned !== null || Number(lockedUntil ?? 0) > Date.now()) {
-        mailbox.owner.closeWith(CLOSE.banned, banned === null ? 'locked' : 'banned');
+      const refusal = readRefusal(access);
+      if (refusal) {
+        mailbox.owner.closeWith(CLOSE.banned, refusal.code);
         return;
       }
       if (listed === 0 || now - mailbox.keptMs > KEEP_MS) keep.push(mailbox);

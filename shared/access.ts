@@ -1,7 +1,8 @@
+import { RivuletError } from './errors.ts';
 import type { Keys } from './keys.ts';
 import { createNodeRegistry } from './node-registry.ts';
 import { CLOSE } from './protocol.ts';
-import { type RedisConnection, retrying } from './redis.ts';
+import { type Command, type RedisConnection, retrying } from './redis.ts';
 import { publishCloseCommand } from './reply-stream.ts';
 
 /**
@@ -125,6 +126,19 @@ export function createAccessStore({ redis, keys }: { redis: RedisConnection; key
       });
     },
   };
+}
+
+/** Asks whether a user may be here; its reply is read by `readRefusal`. */
+export function refusalCommand(keys: Keys, user: string): Command {
+  return ['hmget', keys.access(user), 'banned', 'lockedUntil'];
+}
+
+/** Why the user may not, `banned` or `locked`; null when nothing is against it. */
+export function readRefusal(reply: unknown): RivuletError | null {
+  const [banned, lockedUntil] = reply as [string | null, string | null];
+  if (banned !== null) return new RivuletError('banned');
+  const retryAfterMs = Number(lockedUntil ?? 0) - Date.now();
+  return retryAfterMs > 0 ? new RivuletError('locked', undefined, { retryAfterMs }) : null;
 }
 
 export type AccessStore = ReturnType<typeof createAccessStore>;

@@ -497,7 +497,7 @@ export function parseRedisUrl(text: string): Target {
   if (hosts.length !== 1)
     throw new Error('REDIS_URL names several hosts: use redis+sentinel:// or redis+cluster://');
   if (path && !/^\d+$/.test(path))
-    throw new Error(`REDIS_URL: the database must be a number, as in redis://host:6379/0`);
+    throw new Error('REDIS_URL: the database must be a number, as in redis://host:6379/0');
   return {
     kind: 'server',
     options: {

@@ -3,6 +3,7 @@ import type { Logger } from 'pino';
 import type { GenerationStore } from '../shared/generation-store.ts';
 import type { RedisConnection } from '../shared/redis.ts';
 import type { RequestQueue } from '../shared/request-queue.ts';
+import { eachInTurn } from './each-in-turn.ts';
 import type { RunningRequest } from './run-request.ts';
 
 /**
@@ -43,12 +44,10 @@ export function keepLeases(parts: {
       })),
     );
     const pauseMs = leaseMs / 6 / batches.length; // all of them within half of the time until the next round
-    const failures: unknown[] = [];
-    for (const [index, { node, list }] of batches.entries()) {
+    await eachInTurn(batches, async ({ node, list }, index) => {
       if (index > 0) await delay(pauseMs, undefined, { signal }).catch(() => {});
-      await extendSome(node, list).catch((error) => failures.push(error)); // the others are not to suffer for it
-    }
-    if (failures.length > 0) throw failures[0];
+      await extendSome(node, list);
+    });
   }
 
   async function extendSome(node: string, list: RunningRequest[]): Promise<void> {

@@ -3,10 +3,12 @@ import type { Logger } from 'pino';
 import type { NodeRegistry } from '../shared/node-registry.ts';
 import { GROUP, type QueuedRequest, type RequestQueue } from '../shared/request-queue.ts';
 import type { WorkerConfig } from './config.ts';
+import { eachInTurn } from './each-in-turn.ts';
 
 /**
  * The work that any worker does for all: moves due retries back, claims what a dead worker held, removes
- * consumers and nodes that are gone and empty. Every step is safe when several workers do it at once.
+ * consumers and nodes that are gone and empty. Every step is safe when several workers do it at once. In a Cluster a node
+ * whose server is away does not hold up those behind it.
  *
  * A request that kills its worker takes its neighbours with it, and all are claimed together, and would die together
  * until each has used up its attempts. So a request whose workers died often is a suspect, and a worker runs one
@@ -42,14 +44,14 @@ export function startSweeper(parts: {
   const nodesToSweep = () => parts.nodes().filter(() => share >= 1 || Math.random() < share);
 
   async function promote(): Promise<void> {
-    await eachNode(nodesToSweep(), async (node) => {
+    await eachInTurn(nodesToSweep(), async (node) => {
       const { moved } = await queue.promoteDue(node, 100);
       if (moved > 0) log.info({ node, moved }, 'retries are due');
     });
   }
 
   async function claim(): Promise<void> {
-    await eachNode(nodesToSweep(), async (node) => {
+    await eachInTurn(nodesToSweep(), async (node) => {
       const room = parts.room();
       if (room <= 0) return;
       const claimed = await queue.claimStalled(node, worker, {
@@ -67,22 +69,14 @@ export function startSweeper(parts: {
   async function housekeep(): Promise<void> {
     await registry.sweepWorkers(GONE_AFTER_MS);
     share = SWEEPERS / Math.max(1, await registry.countWorkers());
-    const until = new Map((await registry.nodes()).map((entry) => [entry.node, entry.until]));
-    await eachNode([...until.keys()], async (node) => {
+    await eachInTurn(await registry.nodes(), async ({ node, until }) => {
       await queue.removeIdleConsumers(node, Math.max(GONE_AFTER_MS, 3 * config.LEASE_MS));
-      if (until.get(node)! + GONE_AFTER_MS > Date.now()) return;
+      if (until + GONE_AFTER_MS > Date.now()) return;
       if ((await queue.countOpen([node])) > 0) return;
       if (!(await registry.remove(node, GONE_AFTER_MS))) return;
       await queue.dropEmpty(node);
       log.info({ node }, 'forgot a node that is gone and drained');
     });
-  }
-
-  /** One after the other; in a Cluster a node whose server is away does not hold up those behind it. */
-  async function eachNode(nodes: string[], step: (node: string) => Promise<void>): Promise<void> {
-    const failures: unknown[] = [];
-    for (const node of nodes) await step(node).catch((error) => failures.push(error));
-    if (failures.length > 0) throw failures[0];
   }
 
   async function every(ms: number, name: string, step: () => Promise<void>): Promise<void> {

@@ -215,6 +215,8 @@ export async function startWorker(config: WorkerConfig, handler: Handler, log: L
 
   log.info({ worker, concurrency: config.WORKER_CONCURRENCY, handler: config.HANDLER, startedAt }, 'ready');
 
+  const allEnded = () => Promise.all([...running.values()].map((one) => one.ended));
+
   /** Takes nothing new; what waits in line here goes back. */
   async function refuse(): Promise<void> {
     stopReading.abort();
@@ -226,7 +228,7 @@ export async function startWorker(config: WorkerConfig, handler: Handler, log: L
 
   async function retire(): Promise<void> {
     await refuse();
-    while (running.size > 0) await Promise.all([...running.values()].map((one) => one.ended));
+    while (running.size > 0) await allEnded();
   }
 
   let stopped: Promise<void> | undefined;
@@ -234,13 +236,10 @@ export async function startWorker(config: WorkerConfig, handler: Handler, log: L
     const deadline = Date.now() + config.DRAIN_MS;
     await refuse();
     while (running.size > 0 && Date.now() < deadline)
-      await Promise.race([
-        Promise.all([...running.values()].map((one) => one.ended)),
-        delay(Math.max(1, deadline - Date.now())),
-      ]);
+      await within(Math.max(1, deadline - Date.now()), allEnded());
     if (running.size > 0) log.info({ running: running.size }, 'time is up; handing requests back');
     for (const one of running.values()) one.release();
-    await within(5_000, Promise.all([...running.values()].map((one) => one.ended)));
+    await within(5_000, allEnded());
     await within(CLOSE_MS, appender.flushed());
     appender.close();
     stopKeeping.abort();

@@ -1,5 +1,5 @@
 import type { Logger } from 'pino';
-import { RivuletError } from '../../shared/errors.ts';
+import { readRefusal, refusalCommand } from '../../shared/access.ts';
 import type { Keys } from '../../shared/keys.ts';
 import { CLOSE } from '../../shared/protocol.ts';
 import { type RedisConnection, retrying } from '../../shared/redis.ts';
@@ -49,13 +49,11 @@ export function createAiDoor({ redis, keys, log }: { redis: RedisConnection; key
   async function look(): Promise<void> {
     for (let left = Math.min(LOOK_USERS, guests.size); left > 0; left -= LOOK_BATCH) {
       const users = nextUsers(Math.min(LOOK_BATCH, left));
-      const replies = await redis.batch(
-        users.map((user) => ['hmget', keys.access(user), 'banned', 'lockedUntil']),
-      );
+      const replies = await redis.batch(users.map((user) => refusalCommand(keys, user)));
       users.forEach((user, index) => {
         const [error, access] = replies[index]!;
         if (error) throw error;
-        const refusal = readRefusal(access as (string | null)[]);
+        const refusal = readRefusal(access);
         if (refusal) closeUser(user, CLOSE.banned, refusal.code);
       });
     }
@@ -75,9 +73,7 @@ export function createAiDoor({ redis, keys, log }: { redis: RedisConnection; key
   return {
     /** @throws RivuletError banned or locked */
     async assertAllowed(user: string): Promise<void> {
-      const refusal = readRefusal(
-        await retrying(() => redis.client.hmget(keys.access(user), 'banned', 'lockedUntil')),
-      );
+      const refusal = readRefusal(await retrying(() => redis.send(refusalCommand(keys, user))));
       if (refusal) throw refusal;
     },
 
@@ -99,10 +95,4 @@ export function createAiDoor({ redis, keys, log }: { redis: RedisConnection; key
       clearInterval(looks);
     },
   };
-}
-
-function readRefusal([banned, lockedUntil]: (string | null)[]): RivuletError | null {
-  if (banned != null) return new RivuletError('banned');
-  const retryAfterMs = Number(lockedUntil ?? 0) - Date.now();
-  return retryAfterMs > 0 ? new RivuletError('locked', undefined, { retryAfterMs }) : null;
 }

@@ -4,10 +4,10 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { after, before, type TestContext, test } from 'node:test';
 import { WebSocket } from 'ws';
-import { tryPort } from '../../infra/ports.ts';
 import { type Answer, type Client, createClient } from '../../shared/client.ts';
 import { type Certificate, makeCertificate } from '../helpers/certificate.ts';
 import { eventually } from '../helpers/eventually.ts';
+import { freePort } from '../helpers/free-port.ts';
 import { type LoadBalancer, startHaproxy, startNginx, untilItServes } from '../helpers/load-balancer.ts';
 import { type GatewayProcess, type Stack, startStack } from '../helpers/stack.ts';
 
@@ -25,10 +25,8 @@ const dir = mkdtempSync(join(tmpdir(), 'rivulet-balancer-'));
 before(async () => {
   certificate = makeCertificate(dir);
   stack = await startStack(null, { gateways: 0, workers: 1, workerEnv: { WORKER_CONCURRENCY: '64' } });
-  // Below the range of ports that outgoing connections use: a revived gateway needs its port again.
-  for (let port = 20_000 + (process.pid % 10_000); stack.gateways.length < 3; port++)
-    if (await tryPort('127.0.0.1', port).catch(() => null))
-      await stack.addGateway({ node: `n${stack.gateways.length + 1}`, port });
+  // A revived gateway needs its port again.
+  for (const node of ['n1', 'n2', 'n3']) await stack.addGateway({ node, port: await freePort() });
 });
 after(async () => {
   await stack.stop();
