@@ -3,6 +3,7 @@ import { readdirSync, readFileSync } from 'node:fs';
 import { setTimeout as delay } from 'node:timers/promises';
 import { Cluster, Redis, type RedisOptions } from 'ioredis';
 import type { Logger } from 'pino';
+import { AgreedMaster } from './sentinel.ts';
 import { createTurnPipeline, type Outcome } from './turn-pipeline.ts';
 
 /**
@@ -16,7 +17,8 @@ import { createTurnPipeline, type Outcome } from './turn-pipeline.ts';
  * - `batch` is one round trip on a single server and one per node in a Cluster.
  *
  * REDIS_URL chooses the engine: `redis://` or `rediss://` one server, `redis+sentinel://host:port,host:port/name`
- * Sentinel, `redis+cluster://host:port,host:port` Cluster. With `rediss` the query may name files: `?ca=` for an
+ * Sentinel (`?sentinel-user=` and `sentinel-password=` when the sentinels want credentials of their own),
+ * `redis+cluster://host:port,host:port` Cluster. With `rediss` the query may name files: `?ca=` for an
  * authority of your own, `cert=` and `key=` for a client certificate (settings REDIS_TLS_CA and so on add them).
  */
 
@@ -209,7 +211,9 @@ export function createRedis(options: RedisConnectionOptions): RedisConnection {
   const listeners = new Set<() => void>();
   (hot ?? client).on('ready', () => {
     if (everReady) {
-      log?.info({ connection: options.name }, 'redis connection is back');
+      const { remoteAddress, remotePort } = hot?.stream ?? (client instanceof Redis ? client.stream : {});
+      const server = remoteAddress ? `${remoteAddress}:${remotePort}` : undefined; // not in a Cluster
+      log?.info({ connection: options.name, server }, 'redis connection is back');
       for (const listener of listeners) listener();
     }
     everReady = true;
@@ -309,6 +313,7 @@ export function createRedis(options: RedisConnectionOptions): RedisConnection {
   }
 
   function rebuild(redis: Redis, reason: string) {
+    if (!redis.stream || redis.stream.destroyed) return; // the sentinels are being asked
     log?.warn({ connection: options.name, reason }, 'redis is silent; rebuilding the connection');
     // `disconnect()` would end politely and wait for a peer that does not speak.
     redis.stream?.destroy(new Error(`redis is silent: ${reason}`));
@@ -427,9 +432,9 @@ function isNoScript(error: unknown): boolean {
   return error instanceof Error && error.message.startsWith('NOSCRIPT');
 }
 
-/** The URL without its password, for messages. */
+/** The URL without its passwords, for messages. */
 export function redactUrl(url: string): string {
-  return url.replace(/\/\/([^@/]*)@/, '//***@');
+  return url.replace(/\/\/([^@/]*)@/, '//***@').replace(/(sentinel-password=)[^&]*/, '$1***');
 }
 
 type Target =
@@ -482,6 +487,8 @@ export function parseRedisUrl(text: string): Target {
       throw new Error(
         'REDIS_URL: Sentinel needs the name of the master, as in redis+sentinel://host:26379/mymaster',
       );
+    const asked = new URLSearchParams(query);
+    const [sentinelUsername, sentinelPassword] = [asked.get('sentinel-user'), asked.get('sentinel-password')];
     return {
       kind: 'sentinel',
       options: {
@@ -489,6 +496,9 @@ export function parseRedisUrl(text: string): Target {
         sentinels: hosts,
         name: path,
         failoverDetector: true,
+        Connector: AgreedMaster as unknown as NonNullable<RedisOptions['Connector']>,
+        ...(sentinelUsername ? { sentinelUsername } : {}),
+        ...(sentinelPassword ? { sentinelPassword } : {}),
         ...(options.tls ? { enableTLSForSentinelMode: true, sentinelTLS: options.tls } : {}),
       },
       nodes: [],

@@ -8,7 +8,7 @@ import { type RedisServer, startRedisServer } from '../../infra/redis-server.ts'
 import { freePort } from '../helpers/free-port.ts';
 import { until } from './stage.ts';
 
-/** A master, a replica and three sentinels, real ones, on loopback. */
+/** A master, a replica and three sentinels that hear each other, real ones, on loopback. */
 export interface SentinelSet {
   /** redis+sentinel://… */
   readonly url: string;
@@ -23,9 +23,24 @@ export interface SentinelSet {
 
 const NAME = 'chatmaster';
 
-export async function startSentinelSet(downAfterMs = 1_000): Promise<SentinelSet> {
+/** Of this user a sentinel learns whether servers live, and nothing from other sentinels. */
+const DEAF = '--user deaf on nopass ~* resetchannels +@all'.split(' ');
+
+export interface SentinelSetOptions {
+  downAfterMs?: number;
+  /** Four sentinels; the first, also in the URL, never hears of a failover. */
+  deaf?: boolean;
+  /** What the sentinels ask of whoever speaks to them. */
+  password?: string;
+}
+
+export async function startSentinelSet({
+  downAfterMs = 1_000,
+  deaf = false,
+  password = '',
+}: SentinelSetOptions = {}): Promise<SentinelSet> {
   const dir = mkdtempSync(join(tmpdir(), 'rivulet-sentinel-'));
-  const common = ['--repl-diskless-sync-delay', '0', '--min-replicas-to-write', '0'];
+  const common = ['--repl-diskless-sync-delay', '0', '--min-replicas-to-write', '0', ...(deaf ? DEAF : [])];
   const first = await startRedisServer({ dir: join(dir, 'a'), args: common });
   const second = await startRedisServer({
     dir: join(dir, 'b'),
@@ -33,7 +48,7 @@ export async function startSentinelSet(downAfterMs = 1_000): Promise<SentinelSet
   });
   const servers: [RedisServer, RedisServer] = [first, second];
   const children: { child: ChildProcess; release: () => void; port: number }[] = [];
-  for (let index = 0; index < 3; index++) {
+  for (let index = deaf ? -1 : 0; index < 3; index++) {
     const port = await freePort();
     const own = join(dir, `s${index}`);
     mkdirSync(own);
@@ -48,6 +63,8 @@ export async function startSentinelSet(downAfterMs = 1_000): Promise<SentinelSet
         `sentinel down-after-milliseconds ${NAME} ${downAfterMs}`,
         `sentinel failover-timeout ${NAME} 6000`,
         `sentinel parallel-syncs ${NAME} 1`,
+        index < 0 ? `sentinel auth-user ${NAME} deaf\nsentinel auth-pass ${NAME} any` : '',
+        password ? `requirepass "${password}"\nsentinel sentinel-pass "${password}"` : '',
         '',
       ].join('\n'),
     );
@@ -57,13 +74,22 @@ export async function startSentinelSet(downAfterMs = 1_000): Promise<SentinelSet
     });
     children.push({ child, release: endWithThisProcess(child.pid!), port });
   }
-  const asks = children.map(
-    ({ port }) => new Redis({ port, host: '127.0.0.1', maxRetriesPerRequest: 2, retryStrategy: () => 100 }),
+  const asks = children.slice(deaf ? 1 : 0).map(
+    ({ port }) =>
+      new Redis({
+        port,
+        host: '127.0.0.1',
+        ...(password ? { password } : {}),
+        maxRetriesPerRequest: 2,
+        retryStrategy: () => 100,
+      }),
   );
   for (const ask of asks) ask.on('error', () => {});
 
   const set: SentinelSet = {
-    url: `redis+sentinel://${children.map(({ port }) => `127.0.0.1:${port}`).join(',')}/${NAME}`,
+    url: `redis+sentinel://${children.map(({ port }) => `127.0.0.1:${port}`).join(',')}/${NAME}${
+      password ? `?sentinel-password=${encodeURIComponent(password)}` : ''
+    }`,
     servers,
     async master() {
       const [, port] = (await asks[0]!.call('sentinel', 'get-master-addr-by-name', NAME)) as [string, string];

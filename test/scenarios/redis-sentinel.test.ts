@@ -1,6 +1,8 @@
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
+import { Redis } from 'ioredis';
 import { createClient } from '../../shared/client.ts';
+import { createRedis } from '../../shared/redis.ts';
 import { startSentinelSet } from '../faults/sentinel.ts';
 import { eventually } from '../helpers/eventually.ts';
 import { startStack } from '../helpers/stack.ts';
@@ -23,4 +25,24 @@ test('Sentinel, by the URL alone: the master dies while answers stream', { timeo
   await eventually('failover', async () => (await sentinels.master()) !== before);
   t.diagnostic(`the sentinels named the replica after ${Date.now() - started} ms`);
   for (const answer of answers) assert.equal((await answer.done).text.split(' ').length, 250);
+});
+
+test('a sentinel that has not heard of the failover is not believed', { timeout: 90_000 }, async (t) => {
+  const sentinels = await startSentinelSet({ deaf: true, password: 'a&b+c' });
+  t.after(() => sentinels.stop());
+  const before = await sentinels.master();
+  const [old, next] = before === 0 ? sentinels.servers : sentinels.servers.toReversed();
+  await old!.kill('SIGKILL');
+  await eventually('failover', async () => (await sentinels.master()) !== before);
+  await old!.restart(); // says that it is the master until the others demote it, eight seconds later
+
+  const redis = createRedis({ url: sentinels.url, name: 'test', hot: true });
+  t.after(() => redis.close());
+  await redis.connected();
+  const info = String(await redis.send(['info', 'server']));
+  const direct = new Redis(old!.port);
+  t.after(() => direct.disconnect());
+  const asked = await direct.info('replication');
+  assert.match(asked, /role:master/, 'the old one still takes writes');
+  assert.equal(Number(/tcp_port:(\d+)/.exec(info)![1]), next!.port);
 });

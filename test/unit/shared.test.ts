@@ -51,6 +51,9 @@ test('REDIS_URL chooses the engine', () => {
     { host: 'a', port: 1 },
     { host: 'b', port: 26379 },
   ]);
+  const guarded = parseRedisUrl('redis+sentinel://:p@a/m?sentinel-user=u&sentinel-password=x%26y');
+  assert.equal(guarded.options.sentinelUsername, 'u');
+  assert.equal(guarded.options.sentinelPassword, 'x&y');
   const cluster = parseRedisUrl('rediss+cluster://user:p%40ss@a:1,b:2');
   assert.equal(cluster.kind, 'cluster');
   assert.equal(cluster.options.password, 'p@ss');
@@ -65,6 +68,10 @@ test('REDIS_URL chooses the engine', () => {
     );
   assert.throws(() => parseRedisUrl('redis://host/abc'), /must be a number/);
   assert.equal(redactUrl('redis://u:secret@h:1'), 'redis://***@h:1');
+  assert.equal(
+    redactUrl('redis+sentinel://h/m?sentinel-password=x'),
+    'redis+sentinel://h/m?sentinel-password=***',
+  );
 });
 
 test('errors that a repeat may cure are told apart', () => {
