@@ -49,12 +49,11 @@ async function failOver(
   await set.servers[old].kill(freeze ? 'SIGSTOP' : 'SIGKILL');
   await until('a new master', 30_000, async () => (await set.master()) !== old);
   context.tally.notes.push(`new master after ${Date.now() - began} ms`);
+  // At once, and it believes that it is the master; so do the sentinels that have not heard of the failover yet.
+  if (!freeze) await set.servers[old].restart();
   await backToReady(context, stage);
-  if (!freeze) {
-    await set.servers[old].restart();
-    return;
-  }
-  await set.servers[old].kill('SIGCONT'); // wakes believing that it is the master
+  if (!freeze) return;
+  await set.servers[old].kill('SIGCONT'); // wakes with the same belief
   await set.waitForReplica(); // or the audit, which looks at the same Redis, might believe it too
 }
 
