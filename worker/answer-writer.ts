@@ -233,13 +233,13 @@ export class AnswerWriter {
           begun: this.opened,
           textBefore: this.exceeds(RECORD_TEXT_BYTES) ? null : this.texts.join(''),
         });
-        if (finished.state === 'fenced' || finished.state === 'stale') {
-          this.stale = finished.state === 'stale';
+        if (finished.state === 'stale') {
+          this.stale = true;
           this.setFenced();
           return null;
         }
-        if (finished.state === 'behind') {
-          await this.mend('the log lacks frames');
+        if (finished.state !== 'ended') {
+          await this.mend(finished.state === 'behind' ? 'the log lacks frames' : 'the end was refused');
           continue;
         }
         if (last) {
@@ -271,11 +271,20 @@ export class AnswerWriter {
     return !this.fenced;
   }
 
-  /** Stops writing; nothing more is appended. */
-  abandon(): void {
+  /**
+   * Gives the attempt up so that another may be opened, once everything that was said is in the log.
+   * @param countsTry whether it was one of the tries that a request has
+   * @returns false when fenced
+   */
+  async release(countsTry: boolean): Promise<boolean> {
+    await this.settled();
     this.ended = true;
-    this.dropText();
     clearTimeout(this.holdTimer);
+    while (!this.fenced) {
+      if (await this.parts.store.release(this.attempt, countsTry)) return true;
+      await this.mend('the release was refused');
+    }
+    return false;
   }
 
   /** Compares the log with what was written, after a reconnect. */

@@ -235,9 +235,7 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
     }
 
     async function retry(failure: RivuletError): Promise<Outcome | Misjudged> {
-      await writer.settled(); // what the client saw of this attempt is in the log before the next begins
-      writer.abandon();
-      if (!(await store.release(attempt, true))) return lost();
+      if (!(await writer.release(true))) return lost();
       const backoff = backoffMs(tries, config.RETRY_BASE_MS, MAX_BACKOFF_MS);
       const delayMs = Math.min(MAX_RETRY_MS, Math.max(backoff, failure.retryAfterMs ?? 0));
       await queue.retryLater(request, worker, delayMs);
@@ -278,9 +276,7 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
     }
 
     async function release(): Promise<Outcome | Misjudged> {
-      await writer.settled();
-      writer.abandon();
-      if (!(await store.release(attempt, false))) return lost();
+      if (!(await writer.release(false))) return lost();
       await queue.retryLater(request, worker, 0);
       logger().info({ attempt: attempt.attempt }, 'handed back');
       return 'released';
@@ -295,9 +291,10 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
       const ended =
         !record || record.status === 'cancelled' || record.status === 'done' || record.status === 'failed';
       if (ended) await queue.ack(request, worker);
+      const isForgotten = record !== null && !ended && record.attempt <= attempt.attempt;
       logger().info(
         { attempt: attempt.attempt, status: record?.status ?? 'gone', owner: record?.owner },
-        'attempt replaced',
+        isForgotten ? 'attempt given up: it could not be compared with Redis' : 'attempt replaced',
       );
       return record?.status === 'cancelled' ? 'cancelled' : 'fenced';
     }

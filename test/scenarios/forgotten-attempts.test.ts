@@ -60,6 +60,44 @@ for (const [pace, count, waitMs] of [
     assert.equal((await again.answer('m')).text, answer.text);
   });
 
+// With nothing in flight, what is refused first is the end itself: the record is as before the attempt was opened.
+for (const [end, body, expected] of [
+  ['its end', `yield said + 'end';`, /^a1\.1 a1\.2 a1\.end$/],
+  ['a failure', `if (attempt > 1) { yield 'again'; return; } throw new Error('no more');`, /^a2\.1 a2\.2 again$/],
+] as const)
+  test(`an attempt that was forgotten before ${end}: no client gets a mixture`, async (t) => {
+    const said = "'a' + (globalThis.runs = (globalThis.runs ?? 0) + 1) + '.'";
+    const HANDLER = handlerFile(
+      t,
+      `const said = ${said};
+      yield said + '1 ';
+      await new Promise((resolve) => setTimeout(resolve, 100));
+      yield said + '2 ';
+      await new Promise((resolve) => setTimeout(resolve, 700));
+      ${body}`,
+    );
+    const { look, keys, ...stack } = await startStack(t, {
+      workers: 1,
+      workerEnv: { HANDLER, LEASE_MS: '3000', RETRY_BASE_MS: '50' },
+    });
+    const client = await stack.client(20001);
+    client.send({ type: 'chat', messageId: 'm', contents: 'hello' });
+    for (let frames = 0; frames < 2; frames++) await client.next('token', 'm');
+    const [record, log] = [keys.generation('20001', 'm'), keys.log('20001', 'm')];
+    await look.client
+      .multi()
+      .hset(record, 'status', 'queued', 'attempt', 0, 'tries', 0)
+      .hdel(record, 'owner', 'entry', 'beat')
+      .del(log)
+      .exec();
+    const answer = await client.answer('m');
+    assert.match(answer.text, expected);
+    const again = await stack.client(20001);
+    again.send({ type: 'resume', messageId: 'm' });
+    assert.equal((await again.answer('m')).text, answer.text);
+    assert.equal(await look.client.hget(record, 'attempt'), end === 'its end' ? '1' : '2');
+  });
+
 test('an attempt that said nothing does not hide what the one before had said', async (t) => {
   const HANDLER = handlerFile(t, `yield attempt + ': after "' + partial + '"';`);
   const { look, keys, ...stack } = await startStack(t, { workers: 0, workerEnv: { HANDLER } });
