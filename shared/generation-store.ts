@@ -1,6 +1,13 @@
-import type { ErrorCode } from './errors.ts';
+import { type ErrorCode, RivuletError } from './errors.ts';
 import type { Keys } from './keys.ts';
-import type { ChatPayload, FinishReason, GenerationStatus, LogFrame, Usage } from './protocol.ts';
+import {
+  type ChatPayload,
+  type FinishReason,
+  type GenerationStatus,
+  isOpenStatus,
+  type LogFrame,
+  type Usage,
+} from './protocol.ts';
 import { type Command, type RedisConnection, retrying } from './redis.ts';
 import { publishArguments, type ReplyLines } from './reply-stream.ts';
 import { GROUP, REQUEST_PAYLOAD_BYTES } from './request-queue.ts';
@@ -149,7 +156,7 @@ export function createGenerationStore({
       const record = [
         messageId,
         options.node,
-        JSON.stringify(options.payload),
+        encodePayload(options.payload),
         options.payload.conversationId ?? '',
         options.userActiveLimit,
         OPEN_RECORD_MS,
@@ -281,7 +288,7 @@ export function createGenerationStore({
         if (status === null) return null;
         const top = (entries as RawEntry[])[0];
         if (top) return top[0];
-        return status === 'queued' || status === 'running' ? '' : null;
+        return isOpenStatus(status as GenerationStatus) ? '' : null;
       });
     },
 
@@ -642,6 +649,15 @@ export function encodeTerminal(messageId: string, id: string, type: string, json
 /** Names a request: entry ids are unique only within their stream, and one message may be in two. */
 function carrierOf({ node, entry }: { node: string; entry: string }): string {
   return `${node} ${entry}`;
+}
+
+function encodePayload(payload: ChatPayload): string {
+  try {
+    return JSON.stringify(payload);
+  } catch (error) {
+    if (!(error instanceof RangeError)) throw error; // the stack: JSON.parse goes deeper
+    throw new RivuletError('invalid_frame', 'parameters are nested too deeply');
+  }
 }
 
 /** Nodes from a record's `routes`. */

@@ -114,6 +114,14 @@ export class AnswerWriter {
     return this.bytes + Buffer.byteLength(this.pending) > bytes;
   }
 
+  /** As much of a text as the answer may still have, in whole characters, and one byte's worth more: so that it exceeds. */
+  fitting(text: string, bytes: number): string {
+    const room = bytes - this.bytes - Buffer.byteLength(this.pending);
+    if (Buffer.byteLength(text) <= room) return text;
+    const cut = new TextDecoder().decode(Buffer.from(text).subarray(0, Math.max(0, room)), { stream: true });
+    return text.slice(0, cut.length + 2).toWellFormed();
+  }
+
   /** The attempt has begun, and its start is in the log, after the entry `before`. */
   started(routes: string[], before: string): void {
     this.opened = true;

@@ -2,7 +2,7 @@ import type { Logger } from 'pino';
 import { backoffMs } from '../shared/backoff.ts';
 import { RivuletError } from '../shared/errors.ts';
 import type { Attempt, Begun, GenerationStore, Terminal } from '../shared/generation-store.ts';
-import type { ChatPayload } from '../shared/protocol.ts';
+import type { ChatPayload, Usage } from '../shared/protocol.ts';
 import type { QueuedRequest, RequestQueue } from '../shared/request-queue.ts';
 import { AnswerWriter } from './answer-writer.ts';
 import type { Appender } from './appender.ts';
@@ -24,6 +24,8 @@ import type { Handler, HandlerResult } from './handler.ts';
 const MAX_RETRY_MS = 600_000; // the most that a Retry-After is obeyed
 const MAX_BACKOFF_MS = 60_000;
 const PARTIAL_ATTEMPTS = 5; // that are asked for a partial answer, the last one first
+const WHOLE_UNITS = 65_536; // of one piece: a longer one is cut where the answer reaches its bound
+const MAX_REASON = 500; // characters of why it failed
 const TURN_TOKENS = 256; // a model that never waits gives the event loop a turn after so many tokens
 
 export interface RequestParts {
@@ -240,7 +242,7 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
       const delayMs = Math.min(MAX_RETRY_MS, Math.max(backoff, failure.retryAfterMs ?? 0));
       await queue.retryLater(request, worker, delayMs);
       logger().warn(
-        { attempt: attempt.attempt, code: failure.code, err: failure.message, delayMs },
+        { attempt: attempt.attempt, code: failure.code, err: describeFailure(failure), delayMs },
         'attempt failed; retry',
       );
       return 'retry';
@@ -250,7 +252,7 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
       const terminal: Terminal = {
         type: 'failed',
         code: failure.code,
-        message: failure.message.slice(0, 500),
+        message: failure.message.slice(0, MAX_REASON),
         temporary: failure.temporary,
       };
       if (failure.code === 'attempts_exhausted') {
@@ -260,7 +262,7 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
           attempts,
           lastAttempt: attempt.attempt,
           code: failure.code,
-          reason: failure.message.slice(0, 500),
+          reason: describeFailure(failure),
           payload: JSON.stringify(payload),
         });
         if (written) watch.deadLetter();
@@ -268,7 +270,7 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
       const finished = await writer.finish(terminal);
       if (!finished) return lost();
       logger().error(
-        { attempt: attempt.attempt, code: failure.code, err: failure.message },
+        { attempt: attempt.attempt, code: failure.code, err: describeFailure(failure) },
         'failed for good',
       );
       await settle(finished.acknowledged);
@@ -313,7 +315,7 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
       before > Math.max(0, attempt - 1 - PARTIAL_ATTEMPTS) && partial === '';
       before--
     )
-      partial = await store.readText(request.user, request.messageId, before);
+      partial = await store.readText(request.user, request.messageId, before).catch(() => ''); // it can do without
     const generator = parts.handler(
       { ...payload, userId: request.user, messageId: request.messageId },
       {
@@ -326,6 +328,14 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
         },
       },
     );
+    if (typeof generator?.next !== 'function')
+      throw new RivuletError(
+        'model_error',
+        'The handler is no async generator: it returned something else.',
+        {
+          temporary: false,
+        },
+      );
     let left = false;
     let complete = false;
     /** The loop over the model's text: never waits for Redis, allocates nothing for a token. */
@@ -335,12 +345,14 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
         if (left) return undefined;
         if (next.done) {
           complete = true;
-          return next.value ?? undefined;
+          return readResult(next.value);
         }
         if (typeof next.value !== 'string')
           throw new RivuletError('model_error', `The handler yielded ${typeof next.value} instead of text.`);
         if (writer.length === 0 && next.value !== '') watch.firstText();
-        writer.push(next.value);
+        writer.push(
+          next.value.length > WHOLE_UNITS ? writer.fitting(next.value, config.MAX_ANSWER_BYTES) : next.value,
+        );
         if (writer.exceeds(config.MAX_ANSWER_BYTES)) return { finishReason: 'length' };
         if (++inTurn >= TURN_TOKENS) {
           inTurn = 0;
@@ -363,15 +375,39 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
       left = true;
       if (!complete) {
         if (!controller.signal.aborted) controller.abort(new Error('ended'));
-        void generator.return(undefined).catch(() => {});
+        // A plain iterator may have no `return`, and one that is not async returns no promise.
+        void Promise.resolve(generator.return?.(undefined)).catch(() => {});
       }
     }
   }
 }
 
-/** Any error as one with a code. Errors of user handlers without one count as temporary. */
+/**
+ * Any error as one with a code. Errors of user handlers without one count as temporary. What they say is for operators:
+ * it may name hosts and secrets, and a user must not read that.
+ */
 function toFailure(error: unknown): RivuletError {
   if (error instanceof RivuletError) return error;
-  const message = error instanceof Error ? error.message : String(error);
-  return new RivuletError('model_error', `The handler failed: ${message}`, { temporary: true, cause: error });
+  return new RivuletError('model_error', 'The model failed.', { temporary: true, cause: error });
+}
+
+/** The whole reason, for logs and dead letters. */
+function describeFailure({ message, cause }: RivuletError): string {
+  const inner = cause instanceof RivuletError ? cause.cause : cause;
+  if (inner === undefined) return message.slice(0, MAX_REASON);
+  return `${message} ${inner instanceof Error ? inner.message : String(inner)}`.slice(0, MAX_REASON);
+}
+
+/** What a handler returned, without what is not of its type. */
+function readResult(value: unknown): HandlerResult {
+  if (typeof value !== 'object' || value === null) return {};
+  const { finishReason, usage } = value as { [field in keyof HandlerResult]: unknown };
+  const { promptTokens, completionTokens } = (usage ?? {}) as Partial<Usage>;
+  const isCount = (count: unknown) => Number.isSafeInteger(count) && (count as number) >= 0;
+  return {
+    ...(typeof finishReason === 'string' && finishReason !== '' ? { finishReason } : {}),
+    ...(isCount(promptTokens) && isCount(completionTokens)
+      ? { usage: { promptTokens: promptTokens!, completionTokens: completionTokens! } }
+      : {}),
+  };
 }

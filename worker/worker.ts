@@ -93,6 +93,8 @@ export async function startWorker(config: WorkerConfig, handler: Handler, log: L
 
   function start(request: QueuedRequest): void {
     lastBusy = Date.now();
+    const key = `${request.node} ${request.entry}`;
+    if (running.has(key)) return; // claimed back after a lapse
     if (running.size >= config.WORKER_CONCURRENCY) {
       backlog.push(request);
       setTimeout(
@@ -104,8 +106,6 @@ export async function startWorker(config: WorkerConfig, handler: Handler, log: L
       );
       return;
     }
-    const key = `${request.node} ${request.entry}`;
-    if (running.has(key)) return;
     const started = runRequest(request, {
       worker,
       config,
