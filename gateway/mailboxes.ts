@@ -199,7 +199,7 @@ export function createMailboxes(parts: {
       default:
     }
     const [, start, dropped, page, replaced] = reply as [string, string, string, RawEntry[], string[]];
-    if (replaced.length > 0) await replace(user, replaced);
+    if (replaced.length > 0) void replace(user, replaced); // its gateway may be out of reach: nobody waits for that
     if (isClosed(mailbox)) leave(mailbox); // it went while it was being bound: `close` came before the entry
     return {
       mailbox,
@@ -553,8 +553,13 @@ export function createMailboxes(parts: {
     onDrain(mailbox: Mailbox): void {
       if (mailbox.state === 'stalled' && !mailbox.owner.slow) void read(mailbox);
     },
+    /** Connections. */
     get size(): number {
       return count;
+    },
+    /** Different users among them. */
+    get users(): number {
+      return users.size;
     },
     async stop(): Promise<void> {
       stopped = true;

@@ -56,7 +56,7 @@ export async function createPeople(parts: {
     inboxes,
     live,
     look: watch.look,
-    countHere: () => mailboxes.size,
+    countHere: () => ({ users: mailboxes.users, connections: mailboxes.size }),
     node: config.NODE_ID,
   });
   const desk = createPeopleDesk({
@@ -67,7 +67,7 @@ export async function createPeople(parts: {
     office,
     live,
     policies: parts.policies,
-    groupsAreOpen: config.GROUPS === 'open',
+    groupsAreOpen: config.GROUP_JOINS === 'open',
     messageBytes: config.MESSAGE_BYTES,
     counters: {
       sent: () => metrics.messagesSent.inc(),

@@ -1,4 +1,5 @@
-import { createHash } from 'node:crypto';
+import { createHash, randomUUID } from 'node:crypto';
+import { setTimeout as delay } from 'node:timers/promises';
 import { RivuletError } from '../shared/errors.ts';
 import {
   compareInboxIds,
@@ -24,12 +25,15 @@ import {
  * member and nothing else: no second look-up, and no index of members by node that could go stale. Calls go in
  * chunks, so that neither Redis nor this process is held up, and few large messages are under way at once.
  *
- * A message to one is idempotent by the recipient's fingerprints. A message to many keeps its outcome for a day
- * under sender and message id besides, so that repeating it costs one read and reaches nobody who joined later.
+ * A message to one is idempotent by the recipient's fingerprints. A message to many or to all is claimed under sender and
+ * message id, so that two gateways do not carry it out at once, and its outcome is kept there for a day, so that
+ * repeating it reaches nobody who joined later.
  */
 
 const CHUNK = 200; // inbox appends in one pipeline: about 4 ms of Redis
 const OUTCOME_MS = 24 * 3_600_000;
+const CLAIM_MS = 15_000; // a gateway that dies with a message in its hands holds it up for so long
+const AGAIN_MS = 50;
 const LARGE_AT_ONCE = 4; // messages to many that may be under way; the others wait
 
 export interface Outcome {
@@ -42,6 +46,12 @@ export interface Outcome {
   offline: number;
 }
 
+/** What is remembered with an outcome: a claim while it is being carried out. `target` is absent in what was kept by 0.1. */
+interface Kept {
+  target?: string;
+  claim?: string;
+}
+
 export function createPostOffice(parts: {
   redis: RedisConnection;
   keys: Keys;
@@ -49,8 +59,8 @@ export function createPostOffice(parts: {
   live: () => LiveNodes;
   /** Reads which gateways are alive now. */
   look: () => Promise<LiveNodes>;
-  /** Connections of this gateway. */
-  countHere: () => number;
+  /** Who is connected to this gateway. */
+  countHere: () => { users: number; connections: number };
   node: string;
 }) {
   const { redis, keys, inboxes, live } = parts;
@@ -102,8 +112,6 @@ export function createPostOffice(parts: {
 
   let free = LARGE_AT_ONCE;
   const waiting: (() => void)[] = [];
-  /** Notices that are being published. */
-  const notices = new Map<string, Promise<Outcome>>();
   async function inTurn<T>(step: () => Promise<T>): Promise<T> {
     if (free > 0) free--;
     else await new Promise<void>((resolve) => waiting.push(resolve));
@@ -128,16 +136,14 @@ export function createPostOffice(parts: {
       users: () => Promise<string[]>,
       message: MessageContents,
     ): Promise<Outcome> {
-      const key = keys.sent(message.from, message.messageId);
-      const target = targetOf(to);
-      return inTurn(async () => {
-        const known = await knownOutcome(key, target);
-        if (known) return known;
-        const outcome = await deliver(await users(), message);
-        if (outcome.id === '') outcome.id = `${message.sentAt}-0`; // nobody was there
-        await keepOutcome(key, target, outcome);
-        return outcome;
-      });
+      const target = targetOf('users' in to ? { users: [...to.users].sort() } : to);
+      return inTurn(() =>
+        once(message, target, async () => {
+          const outcome = await deliver(await users(), message);
+          if (outcome.id === '') outcome.id = `${message.sentAt}-0`; // nobody was there
+          return outcome;
+        }),
+      );
     },
 
     /**
@@ -146,24 +152,20 @@ export function createPostOffice(parts: {
      * better than to be told that all is well with one that nobody got.
      */
     toAll(message: MessageContents): Promise<Outcome> {
-      const key = keys.sent(message.from, message.messageId);
-      let publishing = notices.get(key); // by who is called again before it has answered
-      if (!publishing) {
-        publishing = publishNotice(key, message).finally(() => notices.delete(key));
-        notices.set(key, publishing);
-      }
-      return publishing;
+      return once(message, targetOf({ all: true }), () => publishNotice(message));
     },
   };
 
-  async function publishNotice(key: string, message: MessageContents): Promise<Outcome> {
-    const target = targetOf({ all: true });
-    const known = await knownOutcome(key, target);
-    if (known) return known;
+  async function publishNotice(message: MessageContents): Promise<Outcome> {
     const { nodes, possible } = await retrying(parts.look);
     const others = possible.filter(({ node }) => node !== parts.node);
-    const online = others.reduce((sum, { connections }) => sum + connections, parts.countHere());
-    const outcome: Outcome = { id: `${message.sentAt}-0`, connections: online, online, offline: 0 };
+    const here = parts.countHere();
+    const outcome: Outcome = {
+      id: `${message.sentAt}-0`,
+      connections: others.reduce((sum, { connections }) => sum + connections, here.connections),
+      online: others.reduce((sum, { users, connections }) => sum + (users ?? connections), here.users),
+      offline: 0,
+    };
     const frame = JSON.stringify({ type: 'notice', id: outcome.id, ...message });
     const targets = [parts.node, ...others.map(({ node }) => node)];
     const live = new Set([parts.node, ...nodes.map(({ node }) => node)]);
@@ -174,21 +176,38 @@ export function createPostOffice(parts: {
       if (entry === null && live.has(targets[index]!))
         throw new RivuletError('internal', 'not every gateway can be reached yet; try again');
     });
-    await keepOutcome(key, target, outcome);
     return outcome;
   }
 
-  /** @throws RivuletError invalid_frame when the id went to others */
-  async function knownOutcome(key: string, target: string): Promise<Outcome | null> {
-    const kept = await retrying(() => redis.client.get(key));
-    if (kept === null) return null;
-    const { target: before, ...outcome } = JSON.parse(kept) as Outcome & { target: string };
-    if (before === target) return outcome;
-    throw new RivuletError('invalid_frame', 'this messageId was used for other recipients within a day');
-  }
-
-  async function keepOutcome(key: string, target: string, outcome: Outcome): Promise<void> {
-    await retrying(() => redis.client.set(key, JSON.stringify({ ...outcome, target }), 'PX', OUTCOME_MS));
+  /**
+   * Carries a message out once, whichever gateways are told to at the same time, and remembers the outcome for a day.
+   * Who comes second waits for who came first.
+   * @throws RivuletError invalid_frame when the id went to others
+   */
+  async function once(
+    message: MessageContents,
+    target: string,
+    step: () => Promise<Outcome>,
+  ): Promise<Outcome> {
+    const key = keys.sent(message.from, message.messageId);
+    const claim = JSON.stringify({ target, claim: randomUUID() });
+    for (;;) {
+      const kept = await retrying(() => redis.client.set(key, claim, 'PX', CLAIM_MS, 'NX', 'GET'));
+      if (kept === null || kept === claim) break; // ours; also when the answer to the claim was lost
+      const { target: before, claim: underWay, ...outcome } = JSON.parse(kept) as Outcome & Kept;
+      if (before !== undefined && before !== target)
+        throw new RivuletError('invalid_frame', 'this messageId was used for other recipients within a day');
+      if (underWay === undefined) return outcome;
+      await delay(AGAIN_MS);
+    }
+    try {
+      const outcome = await step();
+      await retrying(() => redis.client.set(key, JSON.stringify({ ...outcome, target }), 'PX', OUTCOME_MS));
+      return outcome;
+    } catch (error) {
+      redis.client.del(key).catch(() => {}); // or it ends by itself
+      throw error;
+    }
   }
 }
 

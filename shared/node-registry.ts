@@ -10,6 +10,8 @@ export interface NodeFacts {
   startedAt: number;
   url: string | null;
   connections: number;
+  /** Different users among them; absent while a gateway starts. */
+  users?: number;
 }
 
 export interface NodeEntry extends NodeFacts {

@@ -28,9 +28,9 @@ export interface ConnectionEntry {
 
 /** The gateways that are alive, as last read from the registry. */
 export interface LiveNodes {
-  readonly nodes: { node: string; connections: number }[];
+  readonly nodes: NodeEntry[];
   /** Those that may be live, as in `mayBeLive`: who must not miss what is for everybody. */
-  readonly possible: { node: string; connections: number }[];
+  readonly possible: NodeEntry[];
   /** Whether an entry's gateway is alive, as far as is known: what people are told. */
   isLive(entry: ConnectionEntry): boolean;
   /**

@@ -2,6 +2,7 @@ import { randomUUID } from 'node:crypto';
 import { z } from 'zod';
 import { type ErrorCode, RivuletError } from '../../shared/errors.ts';
 import type { Groups } from '../../shared/groups.ts';
+import type { MessageContents } from '../../shared/inbox.ts';
 import {
   contentsSchema,
   describeIssues,
@@ -82,6 +83,8 @@ class Refused extends Error {
   }
 }
 
+const unavailable = (message: string) => new Refused(503, 'internal', message, { 'retry-after': '1' });
+
 export function createMessageRoutes(parts: MessageRouteParts): Record<string, Record<string, HttpRoute>> {
   const { office, groups } = parts;
 
@@ -108,9 +111,9 @@ export function createMessageRoutes(parts: MessageRouteParts): Record<string, Re
         if (error instanceof RivuletError && error.code === 'invalid_frame')
           return new Refused(409, error.code, error.message).answer;
         if (!isConnectionError(error) && !(error instanceof RivuletError)) throw error;
-        return new Refused(503, 'internal', 'the message store is not reachable; try again', {
-          'retry-after': '1',
-        }).answer;
+        const message =
+          error instanceof RivuletError ? error.message : 'the message store does not answer; try again';
+        return unavailable(message).answer;
       }
     };
   }
@@ -142,12 +145,31 @@ export function createMessageRoutes(parts: MessageRouteParts): Record<string, Re
       contents,
       sentAt: Date.now(),
     };
-    let outcome: Outcome;
+    const outcome = await carry(to, message).catch((error) => {
+      if (!isConnectionError(error)) throw error;
+      throw unavailable(
+        `the message store does not answer, so it is not known whether this was kept; sent again as messageId ${message.messageId} it counts once`,
+      );
+    });
+    parts.onSent();
+    return json(202, {
+      id: outcome.id,
+      messageId: message.messageId,
+      online: outcome.online,
+      offline: outcome.offline,
+    } satisfies z.infer<typeof messageAnswerSchema>);
+  }
+
+  async function carry(
+    to: z.infer<typeof messageRequestSchema>['to'],
+    message: MessageContents,
+  ): Promise<Outcome> {
     if ('all' in to) {
-      outcome = await office.toAll(message);
-    } else if ('group' in to) {
+      return office.toAll(message);
+    }
+    if ('group' in to) {
       const { group } = to;
-      outcome = await office.toMany(
+      return office.toMany(
         to,
         async () => {
           const members = await groups.members(group);
@@ -157,7 +179,8 @@ export function createMessageRoutes(parts: MessageRouteParts): Record<string, Re
         },
         { ...message, group },
       );
-    } else if ('users' in to) {
+    }
+    if ('users' in to) {
       const { users } = to;
       if (users.length > parts.mostUsers)
         throw new Refused(
@@ -166,19 +189,11 @@ export function createMessageRoutes(parts: MessageRouteParts): Record<string, Re
           `to.users may name ${parts.mostUsers} users; these are ${users.length}`,
         );
       checkUsers('to.users', users);
-      outcome = await office.toMany(to, async () => users, message);
-    } else {
-      const parsed = parseUserId(to.user);
-      if ('reason' in parsed) throw new Refused(400, 'invalid_frame', `to.user: ${parsed.reason}`);
-      outcome = await office.toUser(to.user, message);
+      return office.toMany(to, async () => users, message);
     }
-    parts.onSent();
-    return json(202, {
-      id: outcome.id,
-      messageId: message.messageId,
-      online: outcome.online,
-      offline: outcome.offline,
-    } satisfies z.infer<typeof messageAnswerSchema>);
+    const parsed = parseUserId(to.user);
+    if ('reason' in parsed) throw new Refused(400, 'invalid_frame', `to.user: ${parsed.reason}`);
+    return office.toUser(to.user, message);
   }
 
   async function changeMembers(call: HttpCall): Promise<HttpAnswer> {
@@ -209,7 +224,7 @@ export function createMessageRoutes(parts: MessageRouteParts): Record<string, Re
 
 function readJson(call: HttpCall): unknown {
   try {
-    return JSON.parse(call.body.toString());
+    return JSON.parse(new TextDecoder('utf-8', { fatal: true }).decode(call.body));
   } catch {
     throw new Refused(400, 'invalid_frame', 'the body is not valid JSON');
   }

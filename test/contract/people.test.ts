@@ -295,7 +295,7 @@ test('a notice that was not published is published when it is repeated, and only
   };
   const look = async () =>
     createLiveNodes(
-      [{ node: 'n9', instance: 'a', until: 2_000, startedAt: 0, url: null, connections: 3 }],
+      [{ node: 'n9', instance: 'a', until: 2_000, startedAt: 0, url: null, connections: 3, users: 2 }],
       1_000,
     );
   const office = createPostOffice({
@@ -304,7 +304,7 @@ test('a notice that was not published is published when it is repeated, and only
     inboxes,
     live: () => createLiveNodes([], 0),
     look,
-    countHere: () => 1,
+    countHere: () => ({ users: 1, connections: 2 }),
     node: 'n1',
   });
   for (const node of ['n1', 'n9']) await redis.client.xadd(keys.replies(node), '*', 'made', 'by its gateway');
@@ -313,7 +313,7 @@ test('a notice that was not published is published when it is repeated, and only
   await assert.rejects(office.toAll(notice), /^Error: no$/);
   assert.equal(await published(), 0);
   const outcome = await office.toAll(notice);
-  assert.deepEqual(outcome, { id: '5-0', connections: 4, online: 4, offline: 0 });
+  assert.deepEqual(outcome, { id: '5-0', connections: 5, online: 3, offline: 0 });
   assert.equal(await published(), 1);
   assert.deepEqual(await office.toAll({ ...notice, sentAt: 6 }), outcome);
   assert.equal(await published(), 1);
@@ -330,7 +330,7 @@ test('a notice right after an outage reaches gateways whose leases have run out;
       ],
       10_000,
     );
-  const [live, countHere] = [() => createLiveNodes([], 0), () => 1];
+  const [live, countHere] = [() => createLiveNodes([], 0), () => ({ users: 1, connections: 1 })];
   const office = createPostOffice({ redis, keys, inboxes, live, look, countHere, node: 'here' });
   const notice = { messageId: 'late', from: '0', contents: 'hi', sentAt: 5 };
   await assert.rejects(office.toAll(notice), /not every gateway/); // its own stream is not there yet
@@ -344,6 +344,49 @@ test('a notice right after an outage reaches gateways whose leases have run out;
     office.toMany({ group: name }, async () => [], { ...notice, messageId: 'm' });
   assert.deepEqual(await both('g1'), await both('g1'));
   await assert.rejects(both('g2'), { code: 'invalid_frame' });
+  const toUsers = (...users: string[]) =>
+    office.toMany({ users }, async () => users, { ...notice, messageId: 'm2' });
+  assert.deepEqual(await toUsers('20001', '20002'), await toUsers('20002', '20001'), 'in any order');
+  await assert.rejects(toUsers('20001'), { code: 'invalid_frame' });
+  // As the version before kept it.
+  const before = { id: '5-0', connections: 1, online: 1, offline: 0 };
+  await redis.client.set(keys.sent('0', 'old'), JSON.stringify(before));
+  assert.deepEqual(await office.toAll({ ...notice, messageId: 'old' }), before);
+});
+
+test('two gateways are given the same message at once: it is carried out once', async () => {
+  const offices = Array.from({ length: 4 }, () =>
+    createPostOffice({
+      redis,
+      keys,
+      inboxes,
+      live: () => createLiveNodes([], 0),
+      look: async () => createLiveNodes([], 0),
+      countHere: () => ({ users: 0, connections: 0 }),
+      node: 'once',
+    }),
+  );
+  await redis.client.xadd(keys.replies('once'), '*', 'made', 'by its gateway');
+  const notice = (index: number) => ({ messageId: 'o1', from: '0', contents: 'hi', sentAt: index });
+  const outcomes = await Promise.all(offices.map((office, index) => office.toAll(notice(index))));
+  assert.equal(new Set(outcomes.map(({ id }) => id)).size, 1);
+  assert.equal(await redis.client.xlen(keys.replies('once')), 2);
+  const users = [nextUser(), nextUser()];
+  const tries = await Promise.allSettled(
+    offices.map((office, index) =>
+      office.toMany({ users: [users[index % 2]!] }, async () => [users[index % 2]!], {
+        ...notice(index),
+        messageId: 'o2',
+      }),
+    ),
+  );
+  assert.deepEqual(
+    tries.map(({ status }) => status).sort(),
+    ['fulfilled', 'fulfilled', 'rejected', 'rejected'],
+    'one of the two sets of people, and only that',
+  );
+  const lengths = await Promise.all(users.map((user) => redis.client.xlen(keys.inbox(user))));
+  assert.deepEqual(lengths.sort(), [0, 1]);
 });
 
 test('the quota counts a message once, and gives back what failed or was not queued', async () => {
