@@ -1,3 +1,4 @@
+import { setTimeout as delay } from 'node:timers/promises';
 import {
   createLocalJWKSet,
   createRemoteJWKSet,
@@ -32,7 +33,7 @@ const ASYMMETRIC = [
 ];
 const CLOCK_TOLERANCE_S = 5; // clocks of two machines with NTP are closer than this
 const KEYS_FRESH_MS = 600_000; // a key that was taken out of the set is refused after this at the latest
-const KEYS_COOLDOWN_MS = 5_000; // an unknown key id fetches the set at most this often, whoever sends it
+const KEYS_COOLDOWN_MS = 1_000; // an unknown key id fetches the set at most this often, whoever sends it; it waits so long
 const KEYS_TIMEOUT_MS = 5_000;
 const KEYS_STALE_MS = 3_600_000; // for how long the last set serves while its server is away
 
@@ -119,7 +120,12 @@ function createKeySet(
   let fetchedMs = 0;
   return async (header, token) => {
     try {
-      const key = await remote(header, token);
+      const mayBeNewer = remote.coolingDown; // then a key that is not known is not asked for yet
+      const key = await remote(header, token).catch(async (error) => {
+        if (!(error instanceof errors.JWKSNoMatchingKey) || !mayBeNewer) throw error;
+        await delay(cooldownMs);
+        return remote(header, token);
+      });
       if (remote.fresh) fetchedMs = Date.now();
       return key;
     } catch (error) {
