@@ -1,7 +1,12 @@
 import type { Logger } from 'pino';
 import { ERRORS, type ErrorCode } from '../shared/errors.ts';
 import type { GenerationStore } from '../shared/generation-store.ts';
-import type { ChatPayload, ClientFrameOf, GenerationStatus } from '../shared/protocol.ts';
+import {
+  type ChatPayload,
+  type ClientFrameOf,
+  type GenerationStatus,
+  isOpenStatus,
+} from '../shared/protocol.ts';
 import { isConnectionError, retrying } from '../shared/redis.ts';
 import type { RequestQueue } from '../shared/request-queue.ts';
 import { checkPolicies, type Policy, type Refusal } from './policy/policy.ts';
@@ -73,8 +78,7 @@ export function createAdmission(parts: {
     messageId: string,
     { status, node: home }: { status: GenerationStatus; node: string },
   ): Promise<Admission> {
-    if (status !== 'queued' && status !== 'running')
-      return { state: 'joined', status, position: 0, home: '' };
+    if (!isOpenStatus(status)) return { state: 'joined', status, position: 0, home: '' };
     const place = await locate(user, messageId, home);
     return { state: 'joined', status, position: status === 'running' ? 0 : place.position, home: place.home };
   }

@@ -1,5 +1,6 @@
 import { z } from 'zod';
 import {
+  ConfigError,
   commonSettings,
   compactAfterMs,
   drainMs,
@@ -24,6 +25,11 @@ const networks = list.refine(
   'TRUSTED_PROXIES must be addresses or networks, as 10.0.0.0/8,::1',
 );
 
+const origins = list.refine(
+  (all) => all.every((one) => /^(\*|null|[a-z][a-z0-9+.-]*:\/\/[^/\s]+)$/i.test(one)),
+  'ALLOWED_ORIGINS must be * or origins without a path, as https://chat.example,https://localhost:3000',
+);
+
 const devicePolicy = z
   .string()
   .regex(/^(any|newest|[1-9]\d{0,2})$/, 'DEVICE_POLICY must be any, newest, or a number from 1 to 999')
@@ -45,14 +51,14 @@ export const gatewaySettings = z
     QUEUE_LIMIT: integer('QUEUE_LIMIT', 1, 1_000_000).default(100),
     USER_ACTIVE_LIMIT: integer('USER_ACTIVE_LIMIT', 1, 1_000).default(4),
     MAX_FRAME_BYTES: integer('MAX_FRAME_BYTES', 1_024, 16_777_216).default(262_144),
-    ALLOWED_ORIGINS: list.default([]),
+    ALLOWED_ORIGINS: origins.default([]),
     TLS_CERT_FILE: z.string().min(1).optional(),
     TLS_KEY_FILE: z.string().min(1).optional(),
     TRUSTED_PROXIES: networks.default([]),
     CONNECTIONS_PER_ADDRESS: integer('CONNECTIONS_PER_ADDRESS', 0, 10_000_000).default(10_000),
     CONNECTION_FRAMES_PER_SECOND: integer('CONNECTION_FRAMES_PER_SECOND', 0, 1_000_000).default(100),
     USER_FRAMES_PER_SECOND: integer('USER_FRAMES_PER_SECOND', 0, 1_000_000).default(200),
-    GROUPS: z.enum(['open', 'closed'], 'GROUPS must be open or closed').default('open'),
+    GROUP_JOINS: z.enum(['open', 'closed'], 'GROUP_JOINS must be open or closed').default('open'),
     GROUP_MEMBERS: integer('GROUP_MEMBERS', 1, 100_000).default(10_000),
     MESSAGE_BYTES: integer('MESSAGE_BYTES', 1, 1_048_576).default(16_384),
     MESSAGE_USERS: integer('MESSAGE_USERS', 1, 100_000).default(1_000),
@@ -81,5 +87,9 @@ export type GatewayConfig = z.infer<typeof gatewaySettings>;
 
 /** @throws ConfigError that names the variable */
 export function readGatewayConfig(env: Record<string, string | undefined>): GatewayConfig {
+  if (env.GROUPS === 'open' || env.GROUPS === 'closed')
+    throw new ConfigError(
+      'GROUPS is called GROUP_JOINS: bash has a GROUPS of its own, and drops what it is set to',
+    );
   return withRedisTls(parseConfig(gatewaySettings, env));
 }

@@ -1,6 +1,7 @@
 import type { Logger } from 'pino';
 import { compareFrameIds } from '../shared/frame-id.ts';
 import { type GenerationStore, type LogEntry, ROUTES_MS } from '../shared/generation-store.ts';
+import { isOpenStatus } from '../shared/protocol.ts';
 
 /**
  * Brings the frames of generations to the connections that follow them: in order, once each, without gaps.
@@ -216,7 +217,7 @@ export function createDelivery(parts: {
       return false;
     }
     if (!attached.whole) {
-      const ended = attached.status !== 'queued' && attached.status !== 'running';
+      const ended = !isOpenStatus(attached.status);
       if (ended && attached.entries.length === 0) {
         lose(subscription); // its log is gone, and with it the end that we have not seen
         return false;

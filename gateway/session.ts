@@ -8,11 +8,12 @@ import {
   CLOSE,
   type ClientFrame,
   type ClientFrameOf,
+  isOpenStatus,
   parseClientFrame,
   parseUserId,
   type ServerFrame,
 } from '../shared/protocol.ts';
-import type { RedisConnection } from '../shared/redis.ts';
+import { describeError, isConnectionError, type RedisConnection } from '../shared/redis.ts';
 import type { RequestQueue } from '../shared/request-queue.ts';
 import type { Tracing } from '../shared/tracing.ts';
 import type { AdmissionDesk } from './admission.ts';
@@ -250,7 +251,7 @@ export class Session implements Rated, Follower, MailboxOwner {
     } catch (error) {
       parts.log.warn({ err: (error as Error).message, user: this.userId }, 'user not bound');
       this.sendError('internal', ERRORS.internal.message);
-      connection.close(CLOSE.tooManyConnections, 'try again');
+      connection.close(CLOSE.unavailable, 'try again');
       return null;
     }
     const { mailbox, opened } = entered;
@@ -305,9 +306,18 @@ export class Session implements Rated, Follower, MailboxOwner {
 
   private fail(frame: ClientFrame, error: unknown): void {
     const { log } = this.parts;
-    log.error({ err: error, user: this.userId, frame: frame.type }, 'frame failed');
+    const isRefusal = error instanceof RivuletError && error.code !== 'internal';
+    const isAway = isConnectionError(error);
+    const facts = { user: this.userId, frame: frame.type };
+    if (isRefusal) log.debug({ ...facts, err: error.message }, 'frame refused');
+    else if (isAway) log.warn({ ...facts, err: describeError(error) }, 'frame failed: redis is away');
+    else log.error({ ...facts, err: error }, 'frame failed');
     const code: ErrorCode = error instanceof RivuletError ? error.code : 'internal';
-    const message = error instanceof RivuletError ? error.message : ERRORS.internal.message;
+    let { message } = error instanceof RivuletError ? error : ERRORS.internal;
+    // A command whose answer is lost may have been carried out, or be carried out yet.
+    if (isAway)
+      message =
+        'The message store does not answer, so it is not known whether this was kept. Sent again with the same messageId it counts once.';
     if ('messageId' in frame) this.reject(frame.messageId, code, message);
     else this.sendError(code, message);
   }
@@ -400,6 +410,10 @@ export class Session implements Rated, Follower, MailboxOwner {
     let attached: Awaited<ReturnType<GenerationStore['attach']>>;
     try {
       attached = await store.attach(this.userId, messageId, node, after);
+      if (attached.state === 'attached' && subscription.home === '' && isOpenStatus(attached.status)) {
+        // The stream may have lost it, and nobody else may ever ask.
+        subscription.home = (await desk.locate(this.userId, messageId, attached.node)).home;
+      }
     } catch (error) {
       delivery.drop(subscription);
       throw error;
@@ -411,16 +425,10 @@ export class Session implements Rated, Follower, MailboxOwner {
       return;
     }
     const { status, recovered, compacted, whole, entries, more } = attached;
-    if (subscription.home === '' && (status === 'queued' || status === 'running')) {
-      // The stream may have lost it, and nobody else may ever ask.
-      const place = await desk.locate(this.userId, messageId, attached.node);
-      subscription.home = place.home;
-    }
     this.send({ type: 'resumed', messageId, recovered, compacted, status });
     subscription.waiting = status === 'queued' && entries.length === 0;
     delivery.release(subscription, recovered ? after : '', entries, more, whole);
-    const ended = status !== 'queued' && status !== 'running';
-    if (!ended || entries.length > 0 || more) return;
+    if (isOpenStatus(status) || entries.length > 0 || more) return;
     if (after !== '' && recovered)
       delivery.drop(subscription); // had seen all of it
     else delivery.lose(subscription); // its log was deleted

@@ -351,8 +351,8 @@ export function listen(
   }
 
   app.ws<UserData>('/*', {
-    // Room above our own bound, so that a frame that is a little too long can be answered with a code.
-    maxPayloadLength: options.maxFrameBytes * 2,
+    // Room above our own bound, so that a frame that is too long can be answered with a code.
+    maxPayloadLength: options.maxFrameBytes * 8,
     maxBackpressure: DROP_BYTES,
     idleTimeout: 0, // `watch` below pings, and closes with a code of ours
     sendPingsAutomatically: false,
@@ -533,7 +533,9 @@ export function listen(
 
 function writeAnswer(response: HttpResponse, answer: HttpAnswer, isHead = false, cut = false): void {
   writeHead(response, answer);
-  response.end(isHead ? '' : (answer.body ?? ''), cut);
+  const { body = '' } = answer;
+  if (isHead) response.endWithoutBody(Buffer.byteLength(body), cut);
+  else response.end(body, cut);
 }
 
 function writeHead(response: HttpResponse, answer: HttpAnswer): void {

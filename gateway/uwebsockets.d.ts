@@ -27,6 +27,7 @@ declare module 'uWebSockets.js' {
     writeHeader(name: string, value: string): HttpResponse;
     write(chunk: Payload): boolean;
     end(body?: Payload, closeConnection?: boolean): HttpResponse;
+    endWithoutBody(reportedContentLength?: number, closeConnection?: boolean): HttpResponse;
     close(): HttpResponse;
     onAborted(handler: () => void): HttpResponse;
     onWritable(handler: (offset: number) => boolean): HttpResponse;

@@ -975,9 +975,9 @@ export function createClient(options: ClientOptions): Client {
     const pending = typeof messageId === 'string' ? endSend(messageId) : undefined;
     pending?.reject(new ClientError(frame.code, frame.message));
     if (frame.code === 'rate_limited' && messageId === undefined) {
-      // It does not say which frame: questions about groups may be asked twice.
+      // It does not say which frame: questions about groups and presence may be asked twice.
       pause(frame.retryAfterMs ?? 0, 0);
-      for (const question of questions) underWay.delete(question);
+      for (const asked of [...questions, ...presences]) underWay.delete(asked);
     }
     const asked = questions.find((question) => frame.message?.startsWith(`${question.frame.type}: `));
     if (asked) {

@@ -3,9 +3,9 @@ import type { Logger } from 'pino';
 import { ConfigError } from './config.ts';
 
 /**
- * Start and end of a process. The first SIGTERM or SIGINT stops in order, a second one exits 1 at once. SIGUSR2
- * retires a process that can: it leaves by itself once its work is done, and still obeys SIGTERM meanwhile. This
- * file owns signals and exit codes: 0 after a stop, 1 after a failure, 2 for wrong settings.
+ * Start and end of a process. The first SIGTERM or SIGINT stops in order, a second one (not the same one again, as npm
+ * passes it on) exits 1 at once. SIGUSR2 retires a process that can: it leaves by itself once its work is done, and still
+ * obeys SIGTERM meanwhile. This file owns signals and exit codes: 0 after a stop, 1 after a failure, 2 for wrong settings.
  */
 export interface Running {
   /** Idempotent and ordered: refuse, drain, flush, close. */
@@ -16,6 +16,9 @@ export interface Running {
   ended?: Promise<void>;
 }
 
+/** What reaches a whole process group reaches us twice under npm, which passes it on: Ctrl-C, and some supervisors' SIGTERM. */
+const SAME_SIGNAL_MS = { SIGINT: 500, SIGTERM: 50 };
+
 /** A step of a stop, or so long at the most: what it asks Redis may never be answered (a Cluster that is away). */
 export async function within(ms: number, step: unknown): Promise<void> {
   await Promise.race([step, delay(ms, undefined, { ref: false })]);
@@ -24,12 +27,15 @@ export async function within(ms: number, step: unknown): Promise<void> {
 export async function runProcess(start: () => Promise<Running>, log: Logger): Promise<void> {
   let running: Running | undefined;
   let stopping = false;
-  const stop = (reason: string) => {
+  let first = { reason: '', ms: 0 };
+  const stop = (reason: string, sameMs = 0) => {
     if (stopping) {
+      if (reason === first.reason && Date.now() - first.ms < sameMs) return;
       log.warn({ reason }, 'second signal: leaving at once');
       process.exit(1);
     }
     stopping = true;
+    first = { reason, ms: Date.now() };
     log.info({ reason }, 'stopping');
     if (!running) process.exit(0);
     running.stop().then(
@@ -43,8 +49,8 @@ export async function runProcess(start: () => Promise<Running>, log: Logger): Pr
       },
     );
   };
-  process.on('SIGTERM', () => stop('SIGTERM'));
-  process.on('SIGINT', () => stop('SIGINT'));
+  process.on('SIGTERM', () => stop('SIGTERM', SAME_SIGNAL_MS.SIGTERM));
+  process.on('SIGINT', () => stop('SIGINT', SAME_SIGNAL_MS.SIGINT));
   process.on('SIGUSR2', () => {
     if (!running?.retire || stopping) return;
     log.info('retiring');

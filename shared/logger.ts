@@ -24,11 +24,14 @@ const standardOutput = {
   },
 };
 
-/** The process's root logger: JSON lines on stdout, ISO times. Facts go in as fields; contents never do. */
+/**
+ * The process's root logger: JSON lines on stdout, ISO times. Facts go in as fields; contents never do.
+ * @param level one that is not known counts as info: the settings, which are read next, say what is wrong with it
+ */
 export function createLogger(level: string, fields: Record<string, unknown>) {
   return pino(
     {
-      level,
+      level: level === 'silent' || level in pino.levels.values ? level : 'info',
       base: fields,
       timestamp: pino.stdTimeFunctions.isoTime,
       formatters: { level: (label) => ({ level: label }) },

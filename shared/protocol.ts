@@ -34,7 +34,7 @@ export const RESERVED_USER_IDS = 10_000;
 export function parseUserId(value: unknown): { userId: string } | { reason: string } {
   let text: string;
   if (typeof value === 'number') {
-    if (!Number.isSafeInteger(value)) return { reason: 'userId must be an integer or a string' };
+    if (!Number.isSafeInteger(value)) return { reason: 'userId must be an integer below 2^53, or a string' };
     text = String(value);
   } else if (typeof value === 'string') {
     text = value;
@@ -44,7 +44,7 @@ export function parseUserId(value: unknown): { userId: string } | { reason: stri
   if (text.length < 1 || text.length > 64) return { reason: 'userId must have 1 to 64 characters' };
   if (!ID_PATTERN.test(text)) return { reason: 'userId may hold only A-Z a-z 0-9 . _ : @ -' };
   if (/^-?\d+$/.test(text) && Number(text) <= RESERVED_USER_IDS)
-    return { reason: `userId ${text} is reserved: all-digit ids must be above ${RESERVED_USER_IDS}` };
+    return { reason: `userId ${text} is reserved: whole numbers must be above ${RESERVED_USER_IDS}` };
   return { userId: text };
 }
 
@@ -81,7 +81,7 @@ export const clientFrameSchema = z.discriminatedUnion('type', [
     userId: z.unknown().optional(),
     token: z.string().max(8192).optional(),
     device: id('device', 64).optional(),
-    inboxAfter: z.string().max(64).optional(),
+    inboxAfter: z.union([z.int().min(0).transform(String), z.string().max(64)]).optional(),
   }),
   z.object({
     type: z.literal('chat'),
@@ -97,7 +97,14 @@ export const clientFrameSchema = z.discriminatedUnion('type', [
   z.object({
     type: z.literal('send'),
     messageId: messageIdSchema,
-    to: z.union([z.object({ user: userIdSchema }), z.object({ group: groupIdSchema })]),
+    to: z
+      .object({ user: userIdSchema.nullish(), group: groupIdSchema.nullish() })
+      .transform(({ user, group }, context): { user: string } | { group: string } => {
+        if (typeof user === 'string' && typeof group !== 'string') return { user };
+        if (typeof group === 'string' && typeof user !== 'string') return { group };
+        context.addIssue('to must have one of user, group');
+        return z.NEVER;
+      }),
     contents: contentsSchema,
   }),
   z.object({ type: z.literal('ack'), id: z.string().max(64) }),
@@ -123,6 +130,8 @@ export interface ChatPayload {
 }
 
 export type GenerationStatus = 'queued' | 'running' | 'done' | 'failed' | 'cancelled';
+/** Whether it has not ended yet. */
+export const isOpenStatus = (status: GenerationStatus) => status === 'queued' || status === 'running';
 export type FinishReason = 'stop' | 'length' | 'cancelled' | (string & {});
 export interface Usage {
   promptTokens: number;
@@ -208,7 +217,12 @@ export function parseClientFrame(
   }
   if (typeof value !== 'object' || value === null || Array.isArray(value))
     return { reason: 'the frame must be a JSON object' };
-  const parsed = clientFrameSchema.safeParse(value);
+  let parsed = clientFrameSchema.safeParse(value);
+  if (!parsed.success)
+    // Many a JSON library writes null for what is absent.
+    parsed = clientFrameSchema.safeParse(
+      Object.fromEntries(Object.entries(value).filter(([, field]) => field !== null)),
+    );
   if (parsed.success) return { frame: parsed.data };
   const { type, messageId } = value as Record<string, unknown>;
   const known = {

@@ -1,7 +1,7 @@
 import { RivuletError } from '../../shared/errors.ts';
 import type { GenerationStore } from '../../shared/generation-store.ts';
 import type { Keys } from '../../shared/keys.ts';
-import type { ServerFrame } from '../../shared/protocol.ts';
+import { isOpenStatus, type ServerFrame } from '../../shared/protocol.ts';
 import { type RedisConnection, retrying } from '../../shared/redis.ts';
 import type { RequestQueue } from '../../shared/request-queue.ts';
 import type { AdmissionDesk } from '../admission.ts';
@@ -116,7 +116,7 @@ export function createAiDesk(parts: DeskParts) {
     if (attached.state === 'unknown') return false;
     const { status, whole, entries, more } = attached;
     let position: number | null = null;
-    if (status === 'queued' || status === 'running') {
+    if (isOpenStatus(status)) {
       const place = await desk.locate(stream.user, stream.messageId, attached.node);
       subscription.home = place.home;
       if (status === 'queued' && entries.length === 0) {

@@ -217,11 +217,10 @@ export function createAiChat(parts: AiChatParts): AiChat {
           'access-control-max-age': '600',
         },
       };
-    if (call.method !== allowed)
-      return {
-        ...refusal(new RivuletError('invalid_frame', `${call.path} answers ${allowed}`)),
-        status: 405,
-      };
+    if (call.method !== allowed) {
+      const refused = refusal(new RivuletError('invalid_frame', `${call.path} answers ${allowed}`));
+      return { ...refused, status: 405, headers: { ...refused.headers, allow: allowed } };
+    }
     if (chatId === undefined) return ask(call);
     return what === 'stream' ? resume(call, chatId) : stop(call, chatId);
   }

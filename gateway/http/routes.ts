@@ -1,4 +1,5 @@
 import type { PipelineSnapshot } from '../../shared/pipeline.ts';
+import { isConnectionError } from '../../shared/redis.ts';
 import type { GatewayMetrics } from '../metrics.ts';
 import type { HttpAnswer, HttpCall } from '../socket-server.ts';
 import { isApiKey } from './api-key.ts';
@@ -44,7 +45,14 @@ export function createRoutes(parts: RouteParts): (call: HttpCall) => Promise<Htt
           return json(401, {
             error: { code: 'unauthorized', message: 'the pipeline view needs an API key here' },
           });
-        const answer = json(200, await parts.pipeline());
+        let snapshot: PipelineSnapshot;
+        try {
+          snapshot = await parts.pipeline();
+        } catch (error) {
+          if (!isConnectionError(error)) throw error;
+          return json(503, { error: { code: 'internal', message: 'Redis does not answer' } });
+        }
+        const answer = json(200, snapshot);
         const origin = call.headers.get('origin') ?? '';
         if (origin !== '' && parts.isAllowedOrigin(origin, call.headers.get('host') ?? ''))
           return {
@@ -70,7 +78,7 @@ export function createRoutes(parts: RouteParts): (call: HttpCall) => Promise<Htt
       if (call.method === 'GET' || call.method === 'HEAD') return file;
       return text(405, `${call.path} answers GET.\n`, { allow: 'GET, HEAD' });
     }
-    if (call.path === '/ws')
+    if (call.path === '/ws' || call.path === '/ai')
       return text(426, 'This is a WebSocket: connect with ws:// or wss://.\n', { upgrade: 'websocket' });
     return text(404, `Nothing is at ${call.path.slice(0, 200)}.\n`);
   };

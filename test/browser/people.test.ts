@@ -242,7 +242,7 @@ test('groups: join by name, write, see who is there, leave, come back by Undo', 
 });
 
 test('where groups are closed, the dialog says so', async (t) => {
-  const closed = await stack.addGateway({ node: 'closed', env: { GROUPS: 'closed' } });
+  const closed = await stack.addGateway({ node: 'closed', env: { GROUP_JOINS: 'closed' } });
   const page = await openPage(await openBrowser(t), nextUser('ann'), closed);
   await add(page, 'any', 'group');
   await page.locator('#add-error', { hasText: 'managed by the operators' }).waitFor();

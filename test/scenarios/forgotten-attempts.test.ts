@@ -63,7 +63,11 @@ for (const [pace, count, waitMs] of [
 // With nothing in flight, what is refused first is the end itself: the record is as before the attempt was opened.
 for (const [end, body, expected] of [
   ['its end', `yield said + 'end';`, /^a1\.1 a1\.2 a1\.end$/],
-  ['a failure', `if (attempt > 1) { yield 'again'; return; } throw new Error('no more');`, /^a2\.1 a2\.2 again$/],
+  [
+    'a failure',
+    `if (attempt > 1) { yield 'again'; return; } throw new Error('no more');`,
+    /^a2\.1 a2\.2 again$/,
+  ],
 ] as const)
   test(`an attempt that was forgotten before ${end}: no client gets a mixture`, async (t) => {
     const said = "'a' + (globalThis.runs = (globalThis.runs ?? 0) + 1) + '.'";

@@ -1,5 +1,6 @@
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
+import { setTimeout as delay } from 'node:timers/promises';
 import { eventually } from '../helpers/eventually.ts';
 import { spawnProcess, startStack } from '../helpers/stack.ts';
 
@@ -117,8 +118,23 @@ test('a second signal leaves at once with 1', async (t) => {
   const worker = stack.workers[0]!;
   worker.child.kill('SIGTERM');
   await worker.logged((line) => line.msg === 'stopping');
+  await delay(100);
   worker.child.kill('SIGTERM');
   assert.equal(await worker.exited, 1);
+});
+
+test('Ctrl-C under npm, which comes twice, is one signal', async (t) => {
+  const stack = await startStack(t, { workers: 1 });
+  const client = await stack.client(20001);
+  client.send({ type: 'chat', messageId: 'z1', contents: 'x', parameters: { tokens: 30, intervalMs: 30 } });
+  await client.next('token', 'z1');
+  const worker = stack.workers[0]!;
+  worker.child.kill('SIGINT');
+  await worker.logged((line) => line.msg === 'stopping');
+  worker.child.kill('SIGINT');
+  assert.equal(await worker.exited, 0);
+  const { end, starts } = await client.answer('z1');
+  assert.deepEqual([end.type, starts], ['done', 1]);
 });
 
 test('a Redis that answers and takes no writes makes a gateway not ready, for as long as that lasts', async (t) => {

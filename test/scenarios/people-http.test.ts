@@ -18,7 +18,7 @@ before(async (t) => {
   stack = await startStack(t as never, {
     gateways: 2,
     workers: 0,
-    gatewayEnv: { API_KEYS: `other,${KEY}`, MESSAGE_USERS: '5', GROUPS: 'closed' },
+    gatewayEnv: { API_KEYS: `other,${KEY}`, MESSAGE_USERS: '5', GROUP_JOINS: 'closed' },
   });
   [n1, n2] = stack.gateways as [GatewayProcess, GatewayProcess];
 });

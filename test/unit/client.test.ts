@@ -841,7 +841,8 @@ test('refused as too fast: what was refused is written again after the time that
   const second = client.send({ user: 20002 }, 'second', { messageId: 'd2' });
   const answer = client.chat('x', { messageId: 'm1' });
   const group = client.join('g1');
-  for (const type of ['send', 'send', 'chat', 'join']) await peer.next(type);
+  const online = client.presence(['20002']);
+  for (const type of ['send', 'send', 'chat', 'join', 'presence']) await peer.next(type);
   const before = Date.now();
   peer.send(rejected('d1', 'rate_limited', refusal), rejected('d2', 'rate_limited', refusal));
   peer.send(rejected('m1', 'rate_limited', refusal));
@@ -857,9 +858,11 @@ test('refused as too fast: what was refused is written again after the time that
     assert.equal((await peer.next('send')).messageId, id, 'in their order');
     peer.send({ type: 'sent', messageId: id, id: '9-0', online: 0 });
   }
+  await peer.next('presence');
+  peer.send({ type: 'presence', online: {} });
   peer.send({ type: 'joined', group: 'g1', members: 1 }, accepted('m1'), start('m1', 1));
   peer.send(done('m1', '1-1', 0));
-  await Promise.all([first, second, third, group, answer.done]);
+  await Promise.all([first, second, third, group, online, answer.done]);
 });
 
 test('refused as too fast for ever: told after a bounded number of tries; cancelled meanwhile, it ends', async (t) => {

@@ -59,6 +59,14 @@ test('a wrong frame is answered with the field that is wrong', () => {
     ],
     ['{"type":"resume","messageId":"m","after":"later"}', /after must look like/],
     ['{"type":"presence","userIds":[]}', /userIds/],
+    ['{"type":"chat","messageId":null,"contents":"x"}', /messageId must be a string/],
+    // With a mistake in one, a message that was meant for one person must not reach the other.
+    ...['""', '"a b"', '[]', `"${'u'.repeat(65)}"`].map((user): [string, RegExp] => [
+      `{"type":"send","messageId":"m","to":{"user":${user},"group":"g"},"contents":"x"}`,
+      /to\.user/,
+    ]),
+    ['{"type":"send","messageId":"m","to":{"user":"u","group":"g"},"contents":"x"}', /to must have one of/],
+    ['{"type":"send","messageId":"m","to":{},"contents":"x"}', /to must have one of/],
   ];
   for (const [text, reason] of wrong) {
     const parsed = parseClientFrame(text);
@@ -71,6 +79,33 @@ test('unknown fields are ignored', () => {
   const parsed = parseClientFrame('{"type":"chat","messageId":"m","contents":"x","mood":"good"}');
   assert.ok('frame' in parsed);
   assert.deepEqual(parsed.frame, { type: 'chat', messageId: 'm', contents: 'x' });
+});
+
+test('null is what is absent', () => {
+  const frame = (text: string) => {
+    const parsed = parseClientFrame(text);
+    assert.ok('frame' in parsed, text);
+    return parsed.frame;
+  };
+  assert.deepEqual(
+    frame('{"type":"chat","messageId":"m","contents":"x","history":null,"model":null,"parameters":null}'),
+    { type: 'chat', messageId: 'm', contents: 'x' },
+  );
+  assert.deepEqual(frame('{"type":"init","userId":20001,"token":null,"device":null,"inboxAfter":null}'), {
+    type: 'init',
+    userId: 20001,
+  });
+  assert.deepEqual(frame('{"type":"send","messageId":"m","to":{"user":20002,"group":null},"contents":"x"}'), {
+    type: 'send',
+    messageId: 'm',
+    to: { user: '20002' },
+    contents: 'x',
+  });
+  assert.deepEqual(frame('{"type":"init","userId":20001,"inboxAfter":1795326329267}'), {
+    type: 'init',
+    userId: 20001,
+    inboxAfter: '1795326329267',
+  });
 });
 
 test('nothing that comes in makes the parser throw', () => {
