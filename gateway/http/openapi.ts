@@ -61,7 +61,7 @@ export function createOpenApi(limits: { messageBytes: number; mostUsers: number 
           operationId: 'sendMessage',
           summary: 'Sends a message to a user, several users, a group, or everyone who is online.',
           description:
-            'Kept in the inboxes before it is answered, except to all, which reaches only who is online. The same messageId again is answered like the first time and delivered once; to other recipients it is an error.',
+            'Kept in the inboxes before it is answered, except to all, which reaches only who is online. The same messageId again is answered like the first time and delivered once; to other users, to another group or to all it is an error.',
           requestBody: {
             required: true,
             content: content('MessageRequest', {
@@ -81,7 +81,7 @@ export function createOpenApi(limits: { messageBytes: number; mostUsers: number 
               }),
             },
             409: failure(
-              'The messageId went to other recipients.',
+              'The messageId went to other users, to another group or to all.',
               'invalid_frame',
               'this messageId was used',
             ),
