@@ -59,7 +59,11 @@ test('Kubernetes manifests fit the published schemas', () => {
 });
 
 const environment = (container: { env: { name: string; value?: string }[] }) =>
-  Object.fromEntries(container.env.map(({ name, value }) => [name, value ?? 'redis://redis:6379']));
+  Object.fromEntries(container.env.map(({ name, value }) => [name, value ?? SECRETS[name] ?? '']));
+const SECRETS: Record<string, string> = {
+  REDIS_URL: 'redis://redis:6379',
+  JWT_SECRET: 'a'.repeat(32),
+};
 
 test('Kubernetes: ids, probes, drains and scaling fit what the processes do', () => {
   const gateway = manifest('StatefulSet', 'gateway').spec.template.spec;
@@ -67,6 +71,7 @@ test('Kubernetes: ids, probes, drains and scaling fit what the processes do', ()
   const nodeId = gatewayContainer.env.find(({ name }: { name: string }) => name === 'NODE_ID');
   assert.equal(nodeId.valueFrom.fieldRef.fieldPath, 'metadata.name');
   const gatewayEnv = readGatewayConfig({ ...environment(gatewayContainer), NODE_ID: 'gateway-0' });
+  assert.equal(gatewayEnv.AUTH, 'jwt');
   assert.equal(gatewayContainer.livenessProbe.httpGet.path, '/healthz');
   assert.equal(gatewayContainer.readinessProbe.httpGet.path, '/readyz');
   const [, preStopSeconds] = gatewayContainer.lifecycle.preStop.exec.command;
