@@ -171,9 +171,8 @@ export function createRequestQueue({ redis, keys }: { redis: RedisConnection; ke
       return { moved, nextMs };
     },
     async extend(node, worker, entries) {
-      return (await retrying(() =>
-        redis.script('extend', [keys.requests(node)], [GROUP, worker, ...entries]),
-      )) as string[];
+      // Not repeated: whoever holds a lease asks again soon.
+      return (await redis.script('extend', [keys.requests(node)], [GROUP, worker, ...entries])) as string[];
     },
     async countOpen(nodes) {
       const counts = await Promise.all(

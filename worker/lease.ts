@@ -3,13 +3,12 @@ import type { Logger } from 'pino';
 import type { GenerationStore } from '../shared/generation-store.ts';
 import type { RedisConnection } from '../shared/redis.ts';
 import type { RequestQueue } from '../shared/request-queue.ts';
-import { eachInTurn } from './each-in-turn.ts';
 import type { RunningRequest } from './run-request.ts';
 
 /**
  * Keeps what runs here ours, and learns when it is not. Two loops over the running requests:
  * every third of the lease, and as soon as Redis is back, the claims are extended, few at a time, for entries that Redis
- * still counts as ours; and every `WATCH_MS` the records of answers without a recent append are read, so that a cancel
+ * still counts as ours, and again soon where that failed; and every `WATCH_MS` the records of answers without a recent append are read, so that a cancel
  * stops a model that has not said a word yet. The same loop ends what takes longer than GENERATION_TIMEOUT_MS, so that no
  * answer needs a timer.
  */
@@ -44,10 +43,15 @@ export function keepLeases(parts: {
       })),
     );
     const pauseMs = leaseMs / 6 / batches.length; // all of them within half of the time until the next round
-    await eachInTurn(batches, async ({ node, list }, index) => {
+    const extending: Promise<void>[] = [];
+    const failures: unknown[] = [];
+    for (const [index, { node, list }] of batches.entries()) {
       if (index > 0) await delay(pauseMs, undefined, { signal }).catch(() => {});
-      await extendSome(node, list);
-    });
+      // Not awaited here: in a Cluster a node whose server is away must not hold up those behind it.
+      extending.push(extendSome(node, list).catch((error) => void failures.push(error)));
+    }
+    await Promise.all(extending);
+    if (failures.length > 0) throw failures[0];
   }
 
   async function extendSome(node: string, list: RunningRequest[]): Promise<void> {

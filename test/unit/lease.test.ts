@@ -2,6 +2,9 @@ import assert from 'node:assert/strict';
 import { test } from 'node:test';
 import { setTimeout as delay } from 'node:timers/promises';
 import pino from 'pino';
+import { createKeys } from '../../shared/keys.ts';
+import type { RedisConnection } from '../../shared/redis.ts';
+import { createRequestQueue } from '../../shared/request-queue.ts';
 import { keepLeases } from '../../worker/lease.ts';
 import type { RunningRequest } from '../../worker/run-request.ts';
 import { startSweeper } from '../../worker/sweeper.ts';
@@ -15,6 +18,46 @@ function pretendToRun(node: string, writer: object | null): RunningRequest {
   const request = { node, entry: '1-1', user: 'u', messageId: 'm', trace: '', payload: '', deliveries: 1 };
   return { request, since: Date.now(), attempt: 1, writer } as unknown as RunningRequest;
 }
+
+test('a node whose server is silent does not hold up the leases of the others', async () => {
+  const stop = new AbortController();
+  let answer = () => {};
+  const extended: string[] = [];
+  const ended = keepLeases({
+    worker: 'w',
+    leaseMs: 30,
+    timeoutMs: 3_600_000,
+    running: () => ['n1', 'n2'].map((node) => pretendToRun(node, null)),
+    redis: { onReconnect: () => () => {}, batch: async () => [] },
+    queue: {
+      async extend(node: string) {
+        extended.push(node);
+        if (node === 'n1') await new Promise<void>((resolve) => (answer = resolve));
+        return [];
+      },
+    },
+    store: {},
+    log,
+    signal: stop.signal,
+  } as unknown as Parameters<typeof keepLeases>[0]);
+  await eventually('the other node', () => extended.includes('n2'));
+  stop.abort();
+  answer();
+  await ended;
+});
+
+test('leases are not extended with a long patience: the loop comes back anyway', async () => {
+  let asked = 0;
+  const redis = {
+    async script() {
+      asked++;
+      throw new Error('Connection is closed.');
+    },
+  };
+  const queue = createRequestQueue({ redis: redis as unknown as RedisConnection, keys: createKeys('chat:') });
+  await assert.rejects(queue.extend('n1', 'w', ['1-1']));
+  assert.equal(asked, 1);
+});
 
 test('leases are extended as soon as Redis is back, those of one node also when another fails', async () => {
   const stop = new AbortController();
