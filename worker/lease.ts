@@ -7,10 +7,10 @@ import type { RunningRequest } from './run-request.ts';
 
 /**
  * Keeps what runs here ours, and learns when it is not. Two loops over the running requests:
- * every third of the lease, and as soon as Redis is back, the claims are extended, few at a time, for entries that Redis
- * still counts as ours, and again soon where that failed; and every `WATCH_MS` the records of answers without a recent append are read, so that a cancel
- * stops a model that has not said a word yet. The same loop ends what takes longer than GENERATION_TIMEOUT_MS, so that no
- * answer needs a timer.
+ * every third of the lease the claims are extended, few at a time, for entries that Redis still counts as ours; again
+ * soon where that failed, and all at once as soon as Redis is back. And every `WATCH_MS` the records of answers without
+ * a recent append are read, so that a cancel stops a model that has not said a word yet. The same loop ends what takes
+ * longer than GENERATION_TIMEOUT_MS, so that no answer needs a timer.
  */
 
 const EXTEND_BATCH = 32; // of Redis' time, under half a millisecond
@@ -30,7 +30,7 @@ export function keepLeases(parts: {
 }): Promise<void> {
   const { worker, leaseMs, queue, store, redis, log, signal } = parts;
 
-  async function extend(): Promise<void> {
+  async function extend(isBack: () => boolean): Promise<void> {
     const byNode = new Map<string, RunningRequest[]>();
     for (const running of parts.running()) {
       const { node } = running.request;
@@ -46,7 +46,7 @@ export function keepLeases(parts: {
     const extending: Promise<void>[] = [];
     const failures: unknown[] = [];
     for (const [index, { node, list }] of batches.entries()) {
-      if (index > 0) await delay(pauseMs, undefined, { signal }).catch(() => {});
+      if (index > 0 && !isBack()) await pause(pauseMs);
       // Not awaited here: in a Cluster a node whose server is away must not hold up those behind it.
       extending.push(extendSome(node, list).catch((error) => void failures.push(error)));
     }
@@ -94,21 +94,35 @@ export function keepLeases(parts: {
   }
 
   const pauses = new Set<AbortController>();
+  let wakes = 0;
   const wake = () => {
-    for (const pause of pauses) pause.abort();
+    wakes++;
+    for (const pausing of pauses) pausing.abort();
   };
   const unsubscribe = redis.onReconnect(wake);
   signal.addEventListener('abort', wake);
 
-  async function every(ms: number, step: () => Promise<void>, name: string): Promise<void> {
+  async function pause(ms: number): Promise<void> {
+    const pausing = new AbortController();
+    pauses.add(pausing);
+    await delay(ms, undefined, { signal: pausing.signal }).catch(() => {});
+    pauses.delete(pausing);
+  }
+
+  /** Each step is told whether Redis has come back since the last one began: then leases may be about to run out. */
+  async function every(
+    ms: number,
+    step: (isBack: () => boolean) => Promise<void>,
+    name: string,
+  ): Promise<void> {
+    let seen = 0;
     for (let pauseMs = ms; !signal.aborted; ) {
-      const pause = new AbortController();
-      pauses.add(pause);
-      await delay(pauseMs, undefined, { signal: pause.signal }).catch(() => {});
-      pauses.delete(pause);
+      if (wakes === seen) await pause(pauseMs); // else it came back during the last step, perhaps too late for that
       if (signal.aborted) return;
       pauseMs = ms;
-      await step().catch((error: Error) => {
+      const before = seen;
+      seen = wakes;
+      await step(() => wakes > before).catch((error: Error) => {
         log.warn({ err: error.message, step: name }, 'lease step failed; again soon');
         pauseMs = Math.min(ms, AGAIN_MS);
       });

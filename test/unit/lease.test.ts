@@ -87,11 +87,45 @@ test('leases are extended as soon as Redis is back, those of one node also when 
     signal: stop.signal,
   } as unknown as Parameters<typeof keepLeases>[0]);
   reconnect();
-  // The pause between two batches is a tenth of an hour here: cut it short, too.
-  await eventually('the first batch', () => extended.includes('n1'));
+  // The pause between two batches is a twelfth of an hour here.
+  await eventually('both batches', () => extended.length === 2);
+  assert.deepEqual(extended, ['n1', 'n2']);
   stop.abort();
   await ended;
-  await eventually('the second batch', () => extended.includes('n2'));
+});
+
+test('when Redis comes back during a round, the rest goes at once, and all of it again', async () => {
+  const stop = new AbortController();
+  let reconnect = () => {};
+  const extended: string[] = [];
+  const ended = keepLeases({
+    worker: 'w',
+    leaseMs: 3_600_000,
+    timeoutMs: 3_600_000,
+    running: () => ['n1', 'n2'].map((node) => pretendToRun(node, null)),
+    redis: {
+      onReconnect(listener: () => void) {
+        reconnect = listener;
+        return () => {};
+      },
+      batch: async () => [],
+    },
+    queue: {
+      async extend(node: string) {
+        extended.push(node);
+        if (extended.length === 1) reconnect();
+        return [];
+      },
+    },
+    store: {},
+    log,
+    signal: stop.signal,
+  } as unknown as Parameters<typeof keepLeases>[0]);
+  reconnect();
+  await eventually('two rounds', () => extended.length === 4);
+  assert.deepEqual(extended, ['n1', 'n2', 'n1', 'n2']);
+  stop.abort();
+  await ended;
 });
 
 test('an answer that has ended here is not called lost because Redis has heard of its end', async () => {
