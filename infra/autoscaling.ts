@@ -4,7 +4,7 @@ import { setTimeout as delay } from 'node:timers/promises';
 import { z } from 'zod';
 import { commonSettings, drainMs, integer, parseConfig, withRedisTls } from '../shared/config.ts';
 import { createKeys } from '../shared/keys.ts';
-import type { Running } from '../shared/lifecycle.ts';
+import { type Running, within } from '../shared/lifecycle.ts';
 import type { Logger } from '../shared/logger.ts';
 import { createRedis, describeError } from '../shared/redis.ts';
 import { readDemand } from './read-demand.ts';
@@ -40,6 +40,7 @@ export function readAutoscalerConfig(env: Record<string, string | undefined>): A
 }
 
 const PLOT_EVERY_MS = 2_000;
+const CLOSE_MS = 3_000; // as gateways and workers have it
 const SAMPLES_KEPT = 4_000; // then every second one goes: a plot has about 900 columns
 
 export async function startAutoscaler(
@@ -121,9 +122,9 @@ export async function startAutoscaler(
   let stopped: Promise<void> | undefined;
   async function stop(): Promise<void> {
     stopping.abort();
-    await loops;
+    await pool.stop(); // first: a look that is under way may wait for a Redis that is away
+    await within(CLOSE_MS, loops);
     await plot();
-    await pool.stop();
     await redis.close();
   }
   return {
