@@ -90,8 +90,8 @@ export function createAdmission(parts: {
         ? { code: 'shutting_down' }
         : await checkPolicies(parts.policies, { userId: user, frame });
       if (refusal) {
-        const asked = retrying(() => store.inspect([{ user, messageId }]), { deadlineMs: LOOK_MS });
-        const [record] = await asked.catch(() => [null]);
+        const asked = retrying(() => store.inspect({ user, messageId }), { deadlineMs: LOOK_MS });
+        const record = await asked.catch(() => null);
         if (record) return join(user, messageId, record);
         const { code, ...extra } = refusal;
         return reject(code, extra);

@@ -2,6 +2,7 @@ import type { Logger } from 'pino';
 import { compareFrameIds } from '../shared/frame-id.ts';
 import { type GenerationStore, type LogEntry, ROUTES_MS } from '../shared/generation-store.ts';
 import { isOpenStatus } from '../shared/protocol.ts';
+import { takeAnswers } from '../shared/redis.ts';
 
 /**
  * Brings the frames of generations to the connections that follow them: in order, once each, without gaps.
@@ -357,8 +358,12 @@ export function createDelivery(parts: {
 
     /**
      * Compares silent subscriptions with their logs; with `all`, every live one (after the tail was broken).
+     * @throws why some could not be compared, once all the others were
      */
-    async heal(readTops: (batch: Subscription[]) => Promise<(string | null)[]>, all = false): Promise<void> {
+    async heal(
+      readTops: (batch: Subscription[]) => Promise<(string | null | Error)[]>,
+      all = false,
+    ): Promise<void> {
       const now = Date.now();
       const silent: Subscription[] = [];
       for (const list of generations.values())
@@ -367,12 +372,12 @@ export function createDelivery(parts: {
           if (one.state !== 'live' || (!all && now - one.lastMs < one.patienceMs)) continue;
           silent.push(one);
         }
+      let failure: Error | null = null;
       for (let from = 0; from < silent.length && !stopped; from += HEAL_BATCH) {
         const batch = silent.slice(from, from + HEAL_BATCH);
-        const tops = await readTops(batch);
-        batch.forEach((subscription, index) => {
+        const failed = takeAnswers(await readTops(batch), (top, index) => {
+          const subscription = batch[index]!;
           if (subscription.state !== 'live') return;
-          const top = tops[index]!;
           subscription.lastMs = Date.now();
           subscription.patienceMs = Math.min(subscription.patienceMs * 2, SILENT_MAX_MS);
           if (top === null) void read(subscription);
@@ -381,7 +386,9 @@ export function createDelivery(parts: {
             void read(subscription);
           }
         });
+        failure = failed ?? failure;
       }
+      if (failure) throw failure;
     },
 
     get size(): number {

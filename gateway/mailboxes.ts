@@ -19,7 +19,7 @@ import {
   parseConnection,
 } from '../shared/presence.ts';
 import { CLOSE } from '../shared/protocol.ts';
-import { type Command, type RedisConnection, retrying } from '../shared/redis.ts';
+import { type Command, type RedisConnection, retrying, takeAnswers } from '../shared/redis.ts';
 import { publishCloseCommand } from '../shared/reply-stream.ts';
 
 /**
@@ -436,7 +436,8 @@ export function createMailboxes(parts: {
 
   // ----------------------------------------------------------------------------------------------------- sweep
 
-  async function look(batch: Mailbox[]): Promise<void> {
+  /** Returns why some could not be looked at, or null. */
+  async function look(batch: Mailbox[]): Promise<Error | null> {
     const now = sinceStart();
     const positions = batch.map(({ position }) => position);
     const commands = batch.flatMap((mailbox): Command[] => {
@@ -450,12 +451,12 @@ export function createMailboxes(parts: {
     });
     const replies = await redis.batch(commands);
     const keep: Mailbox[] = [];
-    batch.forEach((mailbox, index) => {
-      const [[errorA, listed], [errorB, access], [errorC, entries]] = replies.slice(
-        index * 3,
-        index * 3 + 3,
-      ) as [[Error | null, unknown], [Error | null, unknown], [Error | null, unknown]];
-      if (errorA ?? errorB ?? errorC) throw errorA ?? errorB ?? errorC;
+    const answers = batch.map((_, index) => {
+      const three = replies.slice(index * 3, index * 3 + 3);
+      return three.find(([error]) => error)?.[0] ?? three.map(([, value]) => value);
+    });
+    const failure = takeAnswers(answers, ([listed, access, entries], index) => {
+      const mailbox = batch[index]!;
       if (isClosed(mailbox) || mailbox.state === 'binding') return;
       const refusal = readRefusal(access);
       if (refusal) {
@@ -476,7 +477,7 @@ export function createMailboxes(parts: {
         }
       }
     });
-    if (keep.length === 0) return;
+    if (keep.length === 0) return failure;
     const kept = await redis.batch(
       keep.map((mailbox) =>
         redis.scriptCommand(
@@ -486,13 +487,16 @@ export function createMailboxes(parts: {
         ),
       ),
     );
-    keep.forEach((mailbox, index) => {
-      const [error, value] = kept[index]!;
-      if (error) throw error;
-      mailbox.keptMs = now;
-      if (isClosed(mailbox)) leave(mailbox);
-      else if (value === 0) mailbox.owner.closeWith(CLOSE.replaced, 'replaced by a newer login');
-    });
+    const notKept = takeAnswers(
+      kept.map(([error, value]) => error ?? value),
+      (value, index) => {
+        const mailbox = keep[index]!;
+        mailbox.keptMs = now;
+        if (isClosed(mailbox)) leave(mailbox);
+        else if (value === 0) mailbox.owner.closeWith(CLOSE.replaced, 'replaced by a newer login');
+      },
+    );
+    return failure ?? notKept;
   }
 
   let ring = everyone();
@@ -504,6 +508,7 @@ export function createMailboxes(parts: {
     looking = true;
     try {
       let left = Math.min(most, count);
+      let failure: Error | null = null;
       while (left > 0 && !stopped) {
         const batch: Mailbox[] = [];
         while (batch.length < SWEEP_BATCH && left > 0) {
@@ -516,8 +521,9 @@ export function createMailboxes(parts: {
           }
           if (sinceStart() - next.value.lookedMs >= LOOK_MS) batch.push(next.value);
         }
-        if (batch.length > 0) await look(batch);
+        if (batch.length > 0) failure = (await look(batch)) ?? failure;
       }
+      if (failure) throw failure;
     } finally {
       looking = false;
     }
@@ -527,8 +533,10 @@ export function createMailboxes(parts: {
   async function lookAtAll(): Promise<void> {
     const listed = [...everyone()];
     try {
+      let failure: Error | null = null;
       for (let from = 0; from < listed.length && !stopped; from += SWEEP_BATCH)
-        await look(listed.slice(from, from + SWEEP_BATCH));
+        failure = (await look(listed.slice(from, from + SWEEP_BATCH))) ?? failure;
+      if (failure) throw failure;
     } catch (error) {
       log.warn({ err: (error as Error).message }, 'inboxes not compared; the sweep goes on');
     }

@@ -40,23 +40,31 @@ export async function tellPositions(parts: {
       if (list) list.push(one);
       else byHome.set(one.home, [one]);
     }
-    for (const [home, list] of byHome) {
-      const positions = await queue.positions(home, MOST_POSITIONS);
-      for (const subscription of list) {
-        if (subscription.state !== 'live' || !subscription.follower.open) continue;
-        const position = positions.get(subscription.key);
-        if (position === undefined) {
-          if (++subscription.missing % MISSING_ROUNDS === 0 && positions.size < MOST_POSITIONS)
-            subscription.home = (await desk.locate(subscription.user, subscription.messageId, home)).home;
-          continue;
-        }
-        subscription.missing = 0;
-        if (!subscription.waiting || position === subscription.toldPosition) continue;
-        subscription.toldPosition = position;
-        subscription.follower.sendText(
-          JSON.stringify({ type: 'queued', messageId: subscription.messageId, position }),
-        );
+    // Together: in a Cluster a node whose server is away must not hold up the others.
+    const told = await Promise.allSettled([...byHome].map(([home, list]) => tell(home, list)));
+    const failed = told.find((one) => one.status === 'rejected');
+    if (failed) throw failed.reason;
+  }
+
+  async function tell(home: string, list: Subscription[]): Promise<void> {
+    const positions = await queue.positions(home, MOST_POSITIONS);
+    const missing: Subscription[] = [];
+    for (const subscription of list) {
+      if (subscription.state !== 'live' || !subscription.follower.open) continue;
+      const position = positions.get(subscription.key);
+      if (position === undefined) {
+        if (++subscription.missing % MISSING_ROUNDS === 0 && positions.size < MOST_POSITIONS)
+          missing.push(subscription);
+        continue;
       }
+      subscription.missing = 0;
+      if (!subscription.waiting || position === subscription.toldPosition) continue;
+      subscription.toldPosition = position;
+      subscription.follower.sendText(
+        JSON.stringify({ type: 'queued', messageId: subscription.messageId, position }),
+      );
     }
+    for (const subscription of missing)
+      subscription.home = (await desk.locate(subscription.user, subscription.messageId, home)).home;
   }
 }

@@ -75,6 +75,14 @@ export type Attached =
       more: boolean;
     };
 
+export interface GenerationRecord {
+  status: GenerationStatus;
+  attempt: number;
+  owner: string;
+  node: string;
+  beatMs: number;
+}
+
 export type Begun =
   | { state: 'missing' | 'terminal' | 'duplicate' }
   | {
@@ -273,8 +281,11 @@ export function createGenerationStore({
       return moved === 1;
     },
 
-    /** The id at the top of each log, '' for an open generation without one, null when there is nothing to wait for. */
-    async tops(generations: { user: string; messageId: string }[]): Promise<(string | null)[]> {
+    /**
+     * The id at the top of each log, '' for an open generation without one, null when there is nothing to wait for, an
+     * error where that is not known.
+     */
+    async tops(generations: { user: string; messageId: string }[]): Promise<(string | null | Error)[]> {
       const replies = await redis.batch(
         generations.flatMap(({ user, messageId }): Command[] => [
           ['xrevrange', keys.log(user, messageId), '+', '-', 'COUNT', 1],
@@ -284,7 +295,8 @@ export function createGenerationStore({
       return generations.map((_, index) => {
         const [logError, entries] = replies[index * 2]!;
         const [recordError, status] = replies[index * 2 + 1]!;
-        if (logError ?? recordError) throw logError ?? recordError;
+        const error = logError ?? recordError;
+        if (error) return error;
         if (status === null) return null;
         const top = (entries as RawEntry[])[0];
         if (top) return top[0];
@@ -292,36 +304,17 @@ export function createGenerationStore({
       });
     },
 
-    /** What the record says, for many generations at once; null where there is none. */
-    async inspect(
+    /** What the record says; null when there is none. */
+    async inspect(generation: { user: string; messageId: string }): Promise<GenerationRecord | null> {
+      return readRecord(await redis.send(recordCommand(keys, generation)));
+    },
+
+    /** The same for many at once; an error where it is not known. */
+    async inspectAll(
       generations: { user: string; messageId: string }[],
-    ): Promise<
-      ({ status: GenerationStatus; attempt: number; owner: string; node: string; beatMs: number } | null)[]
-    > {
-      const replies = await redis.batch(
-        generations.map(({ user, messageId }) => [
-          'hmget',
-          keys.generation(user, messageId),
-          'status',
-          'attempt',
-          'owner',
-          'node',
-          'beat',
-        ]),
-      );
-      return replies.map(([error, value]) => {
-        if (error) throw error;
-        const [status, attempt, owner, node, beat] = value as (string | null)[];
-        return status
-          ? {
-              status: status as GenerationStatus,
-              attempt: Number(attempt),
-              owner: owner ?? '',
-              node: node ?? '',
-              beatMs: Number(beat ?? 0),
-            }
-          : null;
-      });
+    ): Promise<(GenerationRecord | null | Error)[]> {
+      const replies = await redis.batch(generations.map((generation) => recordCommand(keys, generation)));
+      return replies.map(([error, value]) => error ?? readRecord(value));
     },
 
     /** Opens the next attempt. Repeating it after a lost connection opens one more, which is harmless. */
@@ -594,6 +587,22 @@ export function createGenerationStore({
 }
 
 type RawEntry = [id: string, fields: string[]];
+
+function recordCommand(keys: Keys, { user, messageId }: { user: string; messageId: string }): Command {
+  return ['hmget', keys.generation(user, messageId), 'status', 'attempt', 'owner', 'node', 'beat'];
+}
+
+function readRecord(reply: unknown): GenerationRecord | null {
+  const [status, attempt, owner, node, beat] = reply as (string | null)[];
+  if (!status) return null;
+  return {
+    status: status as GenerationStatus,
+    attempt: Number(attempt),
+    owner: owner ?? '',
+    node: node ?? '',
+    beatMs: Number(beat ?? 0),
+  };
+}
 
 /** A log entry as the frame that clients get. */
 function readEntry(messageId: string, [id, fields]: RawEntry): LogEntry {

@@ -171,6 +171,21 @@ export async function retrying<T>(
   }
 }
 
+/**
+ * Takes those answers of a round that came: in a Cluster a server may be away, which is no matter of the others. Returns
+ * the first error that came instead of one, so that a round is reported once.
+ */
+export function takeAnswers<T>(
+  answers: readonly (T | Error)[],
+  take: (answer: T, index: number) => void,
+): Error | null {
+  let failure: Error | null = null;
+  for (const [index, answer] of answers.entries())
+    if (answer instanceof Error) failure ??= answer;
+    else take(answer, index);
+  return failure;
+}
+
 export function createRedis(options: RedisConnectionOptions): RedisConnection {
   const { log } = options;
   const target = parseRedisUrl(options.url);

@@ -1,7 +1,7 @@
 import { setTimeout as delay } from 'node:timers/promises';
 import type { Logger } from 'pino';
 import type { GenerationStore } from '../shared/generation-store.ts';
-import type { RedisConnection } from '../shared/redis.ts';
+import { type RedisConnection, takeAnswers } from '../shared/redis.ts';
 import type { RequestQueue } from '../shared/request-queue.ts';
 import type { RunningRequest } from './run-request.ts';
 
@@ -82,8 +82,8 @@ export function keepLeases(parts: {
       ({ writer }) => writer && !writer.fenced && !writer.isEnded && now - writer.lastAppendMs >= WATCH_MS,
     );
     if (quiet.length === 0) return;
-    const records = await store.inspect(quiet.map((running) => running.request));
-    records.forEach((record, index) => {
+    const records = await store.inspectAll(quiet.map((running) => running.request));
+    const failure = takeAnswers(records, (record, index) => {
       const running = quiet[index]!;
       const ours =
         record?.status === 'running' && record.attempt === running.attempt && record.owner === worker;
@@ -91,6 +91,7 @@ export function keepLeases(parts: {
       if (record === null || record.attempt < running.attempt) running.writer!.check();
       else running.lose();
     });
+    if (failure) throw failure;
   }
 
   const pauses = new Set<AbortController>();

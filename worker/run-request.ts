@@ -286,7 +286,7 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
 
     async function lost(): Promise<Outcome | Misjudged> {
       if (writer.stale) return 'stale';
-      const [record] = await store.inspect([request]);
+      const record = await store.inspect(request);
       if (record?.status === 'running' && record.attempt === attempt.attempt && record.owner !== worker)
         return writer.hasLog ? 'twin' : 'stale';
       // Ended by a cancel: the entry is still ours to remove. Taken over: the script finds it is not.

@@ -2,7 +2,7 @@ import type { Logger } from 'pino';
 import { readRefusal, refusalCommand } from '../../shared/access.ts';
 import type { Keys } from '../../shared/keys.ts';
 import { CLOSE } from '../../shared/protocol.ts';
-import { type RedisConnection, retrying } from '../../shared/redis.ts';
+import { type RedisConnection, retrying, takeAnswers } from '../../shared/redis.ts';
 
 /**
  * Bans and locks on the AI SDK's path. The native door looks at them when it binds a user; here every question and
@@ -47,16 +47,18 @@ export function createAiDoor({ redis, keys, log }: { redis: RedisConnection; key
   }
 
   async function look(): Promise<void> {
+    let failure: Error | null = null;
     for (let left = Math.min(LOOK_USERS, guests.size); left > 0; left -= LOOK_BATCH) {
       const users = nextUsers(Math.min(LOOK_BATCH, left));
       const replies = await redis.batch(users.map((user) => refusalCommand(keys, user)));
-      users.forEach((user, index) => {
-        const [error, access] = replies[index]!;
-        if (error) throw error;
+      const answers = replies.map(([error, access]) => error ?? access);
+      const failed = takeAnswers(answers, (access, index) => {
         const refusal = readRefusal(access);
-        if (refusal) closeUser(user, CLOSE.banned, refusal.code);
+        if (refusal) closeUser(users[index]!, CLOSE.banned, refusal.code);
       });
+      failure = failed ?? failure;
     }
+    if (failure) throw failure;
   }
 
   const looks = setInterval(() => {

@@ -118,7 +118,7 @@ export const resubmitted: FaultClass = {
         if (!answer.end)
           record(tally, 'neverEnded', `${answer.user} copy stands at ${answer.last || 'nothing'}`);
       const users = [...new Set(answers.map((answer) => answer.user))];
-      const records = await store.inspect(users.map((user) => ({ user, messageId: 'same' })));
+      const records = await Promise.all(users.map((user) => store.inspect({ user, messageId: 'same' })));
       records.forEach((one, index) => {
         if (one?.attempt !== 1)
           record(
@@ -281,7 +281,7 @@ export const slowReaders: FaultClass = {
       }
       // The others are watched once the long answers are written: until then the worker itself is busy.
       await until('the long answers are written', 60_000, async () => {
-        const records = await store.inspect(slow.answers.slice(read));
+        const records = await Promise.all(slow.answers.slice(read).map((answer) => store.inspect(answer)));
         return records.every((one) => one?.status === 'done');
       });
       tally.recoveries.length = 0;

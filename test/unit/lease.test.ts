@@ -128,12 +128,14 @@ test('when Redis comes back during a round, the rest goes at once, and all of it
   await ended;
 });
 
-test('an answer that has ended here is not called lost because Redis has heard of its end', async () => {
+test('an answer is not called lost that has ended here, or of which Redis does not tell', async () => {
   const stop = new AbortController();
   const lost: string[] = [];
   const quiet = { fenced: false, lastAppendMs: 0 };
-  const running = ['ended', 'open'].map((name) => ({
-    ...pretendToRun('n1', { ...quiet, isEnded: name === 'ended' }),
+  const check = () => void lost.push('checked');
+  const running = ['unknown', 'ended', 'open'].map((name) => ({
+    ...pretendToRun('n1', { ...quiet, isEnded: name === 'ended', check }),
+    request: { user: name },
     lose: () => void lost.push(name),
   }));
   const ended = keepLeases({
@@ -144,7 +146,10 @@ test('an answer that has ended here is not called lost because Redis has heard o
     redis: { onReconnect: () => () => {}, batch: async () => [] },
     queue: {},
     store: {
-      inspect: async (list: unknown[]) => list.map(() => ({ status: 'done', attempt: 1, owner: 'w' })),
+      inspectAll: async (list: { user: string }[]) =>
+        list.map(({ user }) =>
+          user === 'unknown' ? new Error('away') : { status: 'done', attempt: 1, owner: 'w' },
+        ),
     },
     log,
     signal: stop.signal,

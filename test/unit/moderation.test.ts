@@ -100,7 +100,7 @@ test('a hook that does not answer is a temporary rejection, to a question and to
     onFailure: 'closed',
     log,
   });
-  const store = { inspect: async () => [null] }; // it was never accepted
+  const store = { inspect: async () => null }; // it was never accepted
   const parts = { policies: [hook], messageBytes: 100, isDraining: () => false, store, log };
   const admission = createAdmission(parts as never);
   const { code, ...rest } = UNAVAILABLE;

@@ -1,0 +1,166 @@
+import assert from 'node:assert/strict';
+import { test } from 'node:test';
+import pino from 'pino';
+import { createAiDoor } from '../../gateway/ai/ai-door.ts';
+import { createDelivery, type Follower, type Subscription } from '../../gateway/delivery.ts';
+import { createMailboxes, type MailboxOwner } from '../../gateway/mailboxes.ts';
+import { tellPositions } from '../../gateway/queue-positions.ts';
+import { createGenerationStore, type GenerationStore } from '../../shared/generation-store.ts';
+import { createKeys } from '../../shared/keys.ts';
+import type { Command, RedisConnection, Reply } from '../../shared/redis.ts';
+import { eventually } from '../helpers/eventually.ts';
+
+/** A server of a Cluster is away: what lives on the others goes on, and what is not known is not taken for gone. */
+
+const log = pino({ level: 'silent' });
+const keys = createKeys('chat:');
+
+/** Answers for all users but those whose names begin with `away`. */
+function createPartOfRedis(answer: (command: Command) => unknown, others: object = {}): RedisConnection {
+  const reply = (command: Command): Reply =>
+    command.join(' ').includes('{away') ? [new Error('away'), null] : [null, answer(command)];
+  return {
+    isReady: () => true,
+    batch: async (commands: Command[]) => commands.map(reply),
+    scriptCommand: (name: string, scriptKeys: string[], args: string[]) => [name, ...scriptKeys, ...args],
+    ...others,
+  } as unknown as RedisConnection;
+}
+
+test('the store tells what is not known from what is not there', async () => {
+  const redis = createPartOfRedis(([name, key]) => {
+    if (name === 'xrevrange') return String(key).includes('{here}') ? [['1-3', ['token', 'x']]] : [];
+    if (!String(key).includes('{here}')) return name === 'hget' ? null : [null, null, null, null, null];
+    return name === 'hget' ? 'running' : ['running', '1', 'w', 'n1', '5'];
+  });
+  const store = createGenerationStore({ redis, keys, retentionMs: 1_000 });
+  const generations = ['away', 'here', 'nowhere'].map((user) => ({ user, messageId: 'm' }));
+  const tops = await store.tops(generations);
+  assert.ok(tops[0] instanceof Error);
+  assert.deepEqual(tops.slice(1), ['1-3', null]);
+  const records = await store.inspectAll(generations);
+  assert.ok(records[0] instanceof Error);
+  assert.deepEqual(records.slice(1), [
+    { status: 'running', attempt: 1, owner: 'w', node: 'n1', beatMs: 5 },
+    null,
+  ]);
+});
+
+test('silent streams are healed although others cannot be compared', async () => {
+  const read: string[] = [];
+  const store = {
+    async readLog(user: string) {
+      read.push(user);
+      return { entries: [{ id: '1-0', frame: '{}', terminal: true }], more: false };
+    },
+  } as unknown as GenerationStore;
+  const delivery = createDelivery({
+    store,
+    node: 'n1',
+    log,
+    counters: { healed() {}, slow() {}, doubled() {} },
+  });
+  const ended: string[] = [];
+  const follower: Follower = {
+    sendText() {},
+    onEnded: ({ user }) => void ended.push(user),
+    slow: false,
+    open: true,
+  };
+  // The one that is here comes last, in the second round trip.
+  for (const user of [...Array.from({ length: 500 }, (_, index) => `away${index}`), 'here'])
+    delivery.release(delivery.hold(follower, user, 'm'), '', [], false);
+  const tops = (batch: Subscription[]) =>
+    Promise.resolve(batch.map(({ user }) => (user === 'here' ? '1-0' : new Error('away'))));
+  await assert.rejects(delivery.heal(tops, true), /away/);
+  await eventually('the end', () => ended.length > 0);
+  assert.deepEqual([read, ended, delivery.size], [['here'], ['here'], 500]);
+  delivery.stop();
+});
+
+test('mailboxes are looked at although others cannot be', async () => {
+  const redis = createPartOfRedis(
+    ([name]) => (name === 'hmget' ? ['spam', null] : name === 'hexists' ? 1 : []),
+    { script: async () => ['bound', '', '', [], []] },
+  );
+  const mailboxes = createMailboxes({
+    node: 'n1',
+    instance: 'i',
+    redis,
+    keys,
+    inboxes: { topCommand: (user: string) => ['xrevrange', keys.inbox(user)], readTop: () => '' },
+    live: () => ({ list: '' }),
+    devicePolicy: 'any',
+    closeOthers() {},
+    counters: { delivered() {}, gap() {} },
+    log,
+  } as unknown as Parameters<typeof createMailboxes>[0]);
+  const closed: string[] = [];
+  // The one that is here comes last, in the second round trip.
+  for (const userId of [...Array.from({ length: 250 }, (_, index) => `away${index}`), 'here']) {
+    const owner: MailboxOwner = {
+      userId,
+      device: 'd',
+      connectionId: 'c',
+      slow: false,
+      open: true,
+      sendText() {},
+      closeWith: (_, reason) => void closed.push(`${userId} ${reason}`),
+    };
+    const { opened } = await mailboxes.open(owner, '');
+    assert.ok(opened.state === 'bound');
+    opened.start();
+  }
+  await mailboxes.lookAtAll();
+  assert.deepEqual(closed, ['here banned']);
+  await mailboxes.stop();
+});
+
+test('bans on the path of the AI SDK are seen although others cannot be', async (t) => {
+  t.mock.timers.enable({ apis: ['setInterval'] });
+  const door = createAiDoor({ redis: createPartOfRedis(() => ['spam', null]), keys, log });
+  const closed: string[] = [];
+  // The one that is here comes last, in the second round trip.
+  for (const userId of [...Array.from({ length: 250 }, (_, index) => `away${index}`), 'here'])
+    door.enter({ userId, closeWith: (_, reason) => void closed.push(`${userId} ${reason}`) });
+  t.mock.timers.tick(5_000);
+  await eventually('the ban', () => closed.length > 0, 2_000);
+  assert.deepEqual(closed, ['here banned']);
+  door.stop();
+});
+
+test('places in the queue are told although those of another node cannot be read', async () => {
+  const stop = new AbortController();
+  const told: string[] = [];
+  const watching = ['n1', 'n2'].map((home) => ({
+    home,
+    key: 'u m',
+    user: 'u',
+    messageId: 'm',
+    state: 'live',
+    waiting: true,
+    toldPosition: -1,
+    missing: 0,
+    follower: { open: true, sendText: (text: string) => void told.push(`${home} ${text}`) },
+  }));
+  let fail = (_: Error) => {};
+  const ended = tellPositions({
+    delivery: { watchingQueue: () => watching },
+    queue: {
+      positions: (home: string) =>
+        home === 'n2'
+          ? Promise.resolve(new Map([['u m', 3]]))
+          : new Promise((_, reject) => {
+              fail = reject; // a silent server: its answer takes a while
+            }),
+    },
+    desk: {},
+    log,
+    signal: stop.signal,
+  } as unknown as Parameters<typeof tellPositions>[0]);
+  await eventually('a place', () => told.length > 0, 5_000);
+  assert.deepEqual(told, ['n2 {"type":"queued","messageId":"m","position":3}']);
+  stop.abort();
+  fail(new Error('away'));
+  await ended;
+});
