@@ -6,6 +6,7 @@ import { commonSettings, drainMs, integer, parseConfig, withRedisTls } from '../
 import { createKeys } from '../shared/keys.ts';
 import { type Running, within } from '../shared/lifecycle.ts';
 import type { Logger } from '../shared/logger.ts';
+import { createNodeRegistry } from '../shared/node-registry.ts';
 import { createRedis, describeError } from '../shared/redis.ts';
 import { readDemand } from './read-demand.ts';
 import { createScaler } from './scaling.ts';
@@ -50,6 +51,7 @@ export async function startAutoscaler(
   const keys = createKeys(config.KEY_PREFIX);
   const redis = createRedis({ url: config.REDIS_URL, name: `autoscaler:${hostname()}`, log });
   await redis.connected();
+  const registry = createNodeRegistry({ redis, keys });
   const pool = createWorkerPool({
     env: workerEnv,
     leaseMs: config.LEASE_MS,
@@ -76,7 +78,8 @@ export async function startAutoscaler(
       log.info({ from: target < 0 ? pool.size : target, to: wanted, needed: demand.needed }, 'target');
       target = wanted;
     }
-    pool.adjust(target, demand.local, demand.isCurrent);
+    const isCurrent = pool.misses(demand.local) && (await registry.takesBeats());
+    pool.adjust(target, demand.local, isCurrent);
     if (!announced && pool.pids.filter((pid) => demand.local.has(pid)).length >= config.WORKERS_MIN) {
       announced = true;
       log.info({ workers: pool.pids, min: config.WORKERS_MIN, max: config.WORKERS_MAX }, 'scaling');

@@ -17,8 +17,6 @@ export interface Demand {
   appended: number;
   /** Running requests of live workers on this host, by process id. */
   local: Map<number, number>;
-  /** A gateway has renewed its own lease lately: Redis takes writes, so a live worker would be seen. */
-  isCurrent: boolean;
 }
 
 const START_LEAD_MS = 500; // a worker needs about so long from start to its first request
@@ -30,12 +28,10 @@ export async function readDemand(
   nowMs: number,
   withAppended = false,
 ): Promise<Demand> {
-  const [nodes, workers, [seconds]] = await Promise.all([
+  const [nodes, workers] = await Promise.all([
     redis.client.hgetall(keys.nodes()),
     redis.client.hgetall(keys.workers()),
-    redis.client.time(),
   ]);
-  const redisMs = Number(seconds) * 1_000; // gateways' leases are measured by its clock
   const replies = await redis.batch(
     Object.keys(nodes).flatMap((node): Command[] => [
       ['xlen', keys.requests(node)],
@@ -50,7 +46,6 @@ export async function readDemand(
     dueRetries: 0,
     appended: 0,
     local: new Map(),
-    isCurrent: Object.values(nodes).some((json) => (JSON.parse(json) as { until: number }).until > redisMs),
   };
   replies.forEach(([error, value], index) => {
     if (index % step === 2) {

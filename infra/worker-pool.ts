@@ -41,7 +41,12 @@ export interface WorkerPool {
   readonly size: number;
   /** Workers that finish what they run. */
   readonly retiring: number;
-  /** Moves towards `target`. `running` is what the registry says, by process id. */
+  /** One that was seen in the registry is missing from it. */
+  misses(running: Map<number, number>): boolean;
+  /**
+   * Moves towards `target`. `running` is what the registry says, by process id; it is current when Redis takes what
+   * workers write there.
+   */
   adjust(target: number, running: Map<number, number>, isCurrent: boolean): void;
   /** Rejects when no worker can ever start: its settings are wrong. */
   readonly failed: Promise<never>;
@@ -135,13 +140,15 @@ export function createWorkerPool(options: {
     const passedMs = isCurrent ? Math.min(now - lastLookMs, hungMs / 3) : 0;
     lastLookMs = now;
     for (const [pid, worker] of workers) {
-      worker.missingMs = !worker.seen || running.has(pid) ? 0 : worker.missingMs + passedMs;
+      worker.missingMs = isMissing(worker, running) ? worker.missingMs + passedMs : 0;
       if (worker.missingMs < hungMs) continue;
       log.error({ worker: pid, missingMs: worker.missingMs }, 'a worker hangs; killing it');
       worker.child.kill('SIGKILL');
     }
   }
 
+  const isMissing = (worker: Worker, running: Map<number, number>) =>
+    worker.seen && !running.has(worker.child.pid!);
   const serving = () => [...workers.values()].filter((worker) => !worker.retiring);
 
   return {
@@ -154,6 +161,9 @@ export function createWorkerPool(options: {
     failed,
     get pids() {
       return serving().map(({ child }) => child.pid!);
+    },
+    misses(running) {
+      return [...workers.values()].some((worker) => isMissing(worker, running));
     },
     adjust(target, running, isCurrent) {
       if (stopping) return;

@@ -61,6 +61,13 @@ export function createNodeRegistry({ redis, keys }: { redis: RedisConnection; ke
     async beatWorker(worker: string, leaseMs: number, facts: WorkerFacts): Promise<void> {
       await client.hset(keys.workers(), worker, JSON.stringify({ until: Date.now() + leaseMs, ...facts }));
     },
+    /** True when Redis takes beats now, so that a live worker is seen. In a Cluster other keys may do, and this one not. */
+    async takesBeats(): Promise<boolean> {
+      return redis.script('prove_writes', [keys.workers()], []).then(
+        () => true,
+        () => false,
+      );
+    },
     /** Workers that beat, with those that fell silent within the last minute. */
     async countWorkers(): Promise<number> {
       return client.hlen(keys.workers());

@@ -99,6 +99,7 @@ export type ScriptName =
   | 'move_home'
   | 'open_first'
   | 'promote'
+  | 'prove_writes'
   | 'read_inbox'
   | 'register_node'
   | 'release'

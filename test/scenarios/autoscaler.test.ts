@@ -3,6 +3,7 @@ import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { after, before, test } from 'node:test';
+import { setTimeout as delay } from 'node:timers/promises';
 import { isProcessAlive } from '../../infra/run-state.ts';
 import { openChat } from '../helpers/chat-client.ts';
 import { eventually } from '../helpers/eventually.ts';
@@ -136,4 +137,30 @@ test('wrong settings of a worker end the autoscaler with a reason', async () => 
   });
   assert.equal(await wrong.exited, 1);
   assert.ok(wrong.logs.some((line) => /MAX_ATTEMPTS/.test(String(line.msg))));
+});
+
+test('workers whose beats Redis refuses stay; one that hangs is killed, also when it is the only one', {
+  timeout: 120_000,
+}, async (t) => {
+  const stack = await startStack(t, { gateways: 1, workers: 0, acl: false });
+  // Gateways go on beating, as in a Cluster where only the server of `chat:workers` takes no writes.
+  const allow = (...keys: string[]) =>
+    stack.look.client.call('acl', 'SETUSER', 'pool', 'on', 'nopass', '&*', '+@all', 'resetkeys', ...keys);
+  await allow('~*');
+  const pool = spawnProcess('infra/autoscaler.ts', {
+    REDIS_URL: stack.redisUrl.replace('://', '://pool:x@'),
+    WORKERS_MIN: '1',
+    LEASE_MS: '500',
+  });
+  t.after(() => pool.kill('SIGTERM'));
+  await pool.logged((line) => line.msg === 'scaling');
+  const pid = Number((await pool.logged((line) => line.msg === 'worker started')).worker);
+  await allow('~chat:[^w]*', '%R~chat:workers');
+  await delay(23_000); // a beat lasts 5 s, and after 15 s more a worker hangs
+  assert.equal(isProcessAlive(pid), true);
+  await allow('~*');
+  await delay(2_000); // it beats each second
+  process.kill(pid, 'SIGSTOP'); // like a handler in an endless loop
+  await pool.logged((line) => line.msg === 'a worker hangs; killing it' && line.worker === pid, 40_000);
+  await pool.logged((line) => line.msg === 'worker started' && line.worker !== pid);
 });
