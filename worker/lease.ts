@@ -6,10 +6,10 @@ import type { RequestQueue } from '../shared/request-queue.ts';
 import type { RunningRequest } from './run-request.ts';
 
 /**
- * Keeps what runs here ours, and learns when it is not. Two loops over the running requests:
+ * Keeps what runs here ours, and learns when it is not. Loops over the running requests:
  * every third of the lease the claims are extended, few at a time, for entries that Redis still counts as ours; again
  * soon where that failed, and all at once as soon as Redis is back. And every `WATCH_MS` the records of answers without
- * a recent append are read, so that a cancel stops a model that has not said a word yet. The same loop ends what takes
+ * a recent append are read, so that a cancel stops a model that has not said a word yet. A third loop ends what takes
  * longer than GENERATION_TIMEOUT_MS, so that no answer needs a timer.
  */
 
@@ -74,9 +74,13 @@ export function keepLeases(parts: {
     }
   }
 
-  async function watch(): Promise<void> {
+  async function expire(): Promise<void> {
     const now = Date.now();
     for (const running of parts.running()) if (now - running.since > parts.timeoutMs) running.expire();
+  }
+
+  async function watch(): Promise<void> {
+    const now = Date.now();
     // One that has ended, or was given up, knows for itself what became of it.
     const quiet = [...parts.running()].filter(
       ({ writer }) => writer && !writer.fenced && !writer.isEnded && now - writer.lastAppendMs >= WATCH_MS,
@@ -130,7 +134,10 @@ export function keepLeases(parts: {
     }
   }
 
-  return Promise.all([every(leaseMs / 3, extend, 'extend'), every(WATCH_MS, watch, 'watch')]).then(
-    unsubscribe,
-  );
+  const timeoutLookMs = Math.min(WATCH_MS, Math.max(50, parts.timeoutMs / 10));
+  return Promise.all([
+    every(leaseMs / 3, extend, 'extend'),
+    every(WATCH_MS, watch, 'watch'),
+    every(timeoutLookMs, expire, 'expire'),
+  ]).then(unsubscribe);
 }

@@ -3,6 +3,7 @@ import { backoffMs } from '../shared/backoff.ts';
 import { RivuletError } from '../shared/errors.ts';
 import type { Attempt, Begun, GenerationStore, Terminal } from '../shared/generation-store.ts';
 import type { ChatPayload, Usage } from '../shared/protocol.ts';
+import { retrying } from '../shared/redis.ts';
 import type { QueuedRequest, RequestQueue } from '../shared/request-queue.ts';
 import { AnswerWriter } from './answer-writer.ts';
 import type { Appender } from './appender.ts';
@@ -123,7 +124,7 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
     for (let outcome = isFirst ? await expect() : await begin(); ; outcome = await begin()) {
       if (outcome === 'stale') {
         // Somebody may have claimed it while this process stood still: then it is theirs.
-        const lost = await queue.extend(request.node, worker, [request.entry]);
+        const lost = await retrying(() => queue.extend(request.node, worker, [request.entry]));
         if (lost.length > 0) return 'skipped';
       } else if (outcome === 'twin') await queue.takeOver(request, worker);
       else return outcome;
