@@ -94,8 +94,10 @@ export function createAppender({
     if (published.length > 0) settles(redis.outcomes(published), () => {});
     redis.flush(); // Redis gets to work while the rest is put together
     const together = !redis.isCluster && writers.length <= MOST_TOGETHER;
-    for (let from = 0; from < writers.length; from += BATCH)
-      append(writers.slice(from, from + BATCH), publishes, together);
+    // In a Cluster each goes alone anyway, and a server that does not answer must not hold up those of the others.
+    const most = redis.isCluster ? 1 : BATCH;
+    for (let from = 0; from < writers.length; from += most)
+      append(writers.slice(from, from + most), publishes, together);
     settle();
   }
 

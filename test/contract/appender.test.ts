@@ -11,6 +11,7 @@ import { createRedis, type RedisConnection } from '../../shared/redis.ts';
 import { readEntry } from '../../shared/reply-stream.ts';
 import { AnswerWriter } from '../../worker/answer-writer.ts';
 import { type Appender, createAppender } from '../../worker/appender.ts';
+import { eventually } from '../helpers/eventually.ts';
 
 /** From a worker's text to its log and to the reply stream, against a real Redis. */
 
@@ -37,7 +38,7 @@ before(async () => {
 });
 after(() => stopServer());
 
-async function write(messageId: string): Promise<AnswerWriter> {
+async function write(messageId: string, through = appender): Promise<AnswerWriter> {
   await store.admit({
     user,
     messageId,
@@ -50,7 +51,7 @@ async function write(messageId: string): Promise<AnswerWriter> {
   const attempt = { user, messageId, attempt: 1, worker: 'w', node: 'n1', entry: '1-1' };
   const writer = new AnswerWriter(attempt, {
     store,
-    appender,
+    appender: through,
     logger: () => pino({ level: 'silent' }),
     onFenced() {},
     onMended() {},
@@ -92,7 +93,7 @@ async function sayAll(writers: AnswerWriter[], word: string): Promise<void> {
 test('few answers or many: the log and the reply stream hold the same frames, each once and in order', async () => {
   for (const count of [1, 3, 16, 17, 80]) {
     const names = Array.from({ length: count }, (_, index) => `same-${count}-${index}`);
-    const writers = await Promise.all(names.map(write));
+    const writers = await Promise.all(names.map((name) => write(name)));
     for (const word of ['one', ' two', ' \u{1f980} three']) await sayAll(writers, word);
     await appender.flushed();
     for (const name of names) {
@@ -105,7 +106,7 @@ test('few answers or many: the log and the reply stream hold the same frames, ea
 
 test('texts that grow when they are encoded arrive whole too', async () => {
   const names = ['grown-1', 'grown-2', 'grown-3', 'grown-4'];
-  const writers = await Promise.all(names.map(write));
+  const writers = await Promise.all(names.map((name) => write(name)));
   await sayAll(writers, '\u0001'.repeat(4_000));
   await sayAll(writers, '\u0001'.repeat(16_000));
   await appender.flushed();
@@ -207,4 +208,25 @@ test('a node that has come gets the frames from the moment that it is seen', asy
   await appender.flushed();
   assert.deepEqual(await published('n1', 'second-node'), ['1-0 ', '1-1 one', '1-2  two', '1-3  three']);
   assert.deepEqual(await published('n2', 'second-node'), ['1-2  two', '1-3  three']);
+});
+
+test('in a Cluster a server that does not answer does not hold up the answers of the others', async () => {
+  const stuck = keys.log(user, 'on-a-silent-server');
+  let silent = false;
+  const never = new Promise<never>(() => {});
+  const cluster: RedisConnection = {
+    ...redis,
+    isCluster: true,
+    outcomes: (commands) =>
+      silent && commands.some((command) => command.includes(stuck)) ? never : redis.outcomes(commands),
+  };
+  const apart = createAppender({ redis: cluster, keys, store });
+  const writers = await Promise.all(
+    ['before', 'on-a-silent-server', 'behind'].map((name) => write(name, apart)),
+  );
+  silent = true;
+  for (const writer of writers) writer.push('word');
+  await Promise.all([writers[0]!.settled(), writers[2]!.settled()]);
+  for (const name of ['before', 'behind'])
+    await eventually(`the word of ${name}`, async () => (await published('n1', name)).includes('1-1 word'));
 });
