@@ -1091,6 +1091,11 @@ $('close-pipeline').addEventListener('click', () => {
   $('toggle-pipeline').focus();
 });
 $('scrim').addEventListener('click', closeDrawers);
+$('skip').addEventListener('click', (event) => {
+  event.preventDefault(); // an address with a fragment would be scrolled to by every reload
+  closeDrawers();
+  focusComposer();
+});
 NARROW.addEventListener('change', updateDrawers);
 WIDE.addEventListener('change', () =>
   setPipeline(WIDE.matches && memory.get('pipeline') !== 'closed', false),

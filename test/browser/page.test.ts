@@ -367,6 +367,34 @@ test('narrow and dark: nothing sticks out, drawers open and close', async (t) =>
   await page.waitForSelector('#nodes', { state: 'hidden' });
 });
 
+test('a long conversation: the page is no taller than its window, and the skip link only moves the focus', async (t) => {
+  const page = await openPage(t);
+  for (const question of ['one', 'two', 'three', 'four']) {
+    await ask(page, `Repeat: ${`${question}\n`.repeat(30)}`);
+    await waitForStatus(page, 'done');
+  }
+  for (const viewport of [
+    { width: 1280, height: 800 },
+    { width: 390, height: 844 },
+  ]) {
+    await page.setViewportSize(viewport);
+    await page.reload();
+    await page.waitForSelector('.turn:last-child[data-status=done]');
+    const address = page.url();
+    await page.focus('#skip');
+    await page.keyboard.press('Enter');
+    assert.deepEqual(
+      await page.evaluate(() => ({
+        focus: document.activeElement?.id,
+        height: document.scrollingElement!.scrollHeight,
+        scrolled: document.scrollingElement!.scrollTop,
+      })),
+      { focus: 'question', height: viewport.height, scrolled: 0 },
+    );
+    assert.equal(page.url(), address);
+  }
+});
+
 test('not checked for the moment: a question and a message say to try again, not that they are forbidden', async (t) => {
   const page = await openPage(t, {
     prepare: (blank) =>
