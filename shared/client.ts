@@ -1069,6 +1069,11 @@ export function createClient(options: ClientOptions): Client {
     });
   }
 
+  /** For what may end inside `chat`: whoever asks should hold the answer before hearing of its end. */
+  function emitEndedSoon(answer: AnswerState): void {
+    queueMicrotask(() => emitEnded(answer));
+  }
+
   /** Leaves this node before it closes the connection by itself. */
   function moveOn(reason: string): void {
     lose(connection, 4000, reason);
@@ -1094,7 +1099,7 @@ export function createClient(options: ClientOptions): Client {
     if (most && new TextEncoder().encode(JSON.stringify(request)).length > most) {
       answer.fail(new ClientError('payload_too_large', `The message is above ${most} bytes.`));
       forget(answer);
-      emitEnded(answer);
+      emitEndedSoon(answer);
       return;
     }
     answer.sent = true;
@@ -1115,7 +1120,7 @@ export function createClient(options: ClientOptions): Client {
     if (!answer.sent && answer.request) {
       answer.endUnsent();
       forget(answer);
-      emitEnded(answer);
+      emitEndedSoon(answer);
     } else if (state === 'ready' && answer.known && !unasked.has(answer)) {
       write({ type: 'cancel', messageId: answer.messageId });
     }
@@ -1175,6 +1180,7 @@ export function createClient(options: ClientOptions): Client {
           : refuseId('messageId', answer.messageId, 128);
     if (refusal) {
       answer.fail(refusal);
+      emitEndedSoon(answer);
       return handle;
     }
     states.set(answer.messageId, answer);

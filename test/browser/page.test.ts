@@ -395,6 +395,18 @@ test('a long conversation: the page is no taller than its window, and the skip l
   }
 });
 
+test('a question above the limit of the gateway: it says so, and the conversation goes on', async (t) => {
+  const gateway = await stack.addGateway({ node: 'narrow', env: { MAX_FRAME_BYTES: '2000' } });
+  const page = await openPage(t, { gateway });
+  await ask(page, 'long '.repeat(500));
+  await waitForStatus(page, 'failed');
+  assert.equal(await page.textContent('.turn-state'), 'This message is too long.');
+  await ask(page, 'What is 6 * 7?');
+  await waitForStatus(page, 'done');
+  assert.match(await lastAnswer(page), /42/);
+  await gateway.kill();
+});
+
 test('not checked for the moment: a question and a message say to try again, not that they are forbidden', async (t) => {
   const page = await openPage(t, {
     prepare: (blank) =>

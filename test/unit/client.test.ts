@@ -721,6 +721,32 @@ test('a request above the limit of the server is refused here', async (t) => {
   assert.equal(await codeOf(client.chat('x', { messageId: 'no spaces' }).done), 'invalid_frame');
 });
 
+test('an answer that ends inside chat() is over only when its asker holds it', async (t) => {
+  const server = await startServer(t);
+  const client = startClient(t, server.url, { maxOpenAnswers: 1 });
+  const ready = client.connect();
+  await (await server.accept()).ready({ maxFrameBytes: 500 });
+  await ready;
+  const held = new Set<string>();
+  const ended: unknown[] = [];
+  client.on('ended', ({ messageId, status, error }) =>
+    ended.push([messageId, held.has(messageId), status, error?.code]),
+  );
+  const hold = (answer: Answer) => {
+    held.add(answer.messageId);
+    return answer.done.catch(() => {});
+  };
+  await hold(client.chat('é'.repeat(300), { messageId: 'long' }));
+  await hold(client.chat('x', { messageId: 'aborted', signal: AbortSignal.abort() }));
+  void hold(client.chat('x', { messageId: 'open' }));
+  await hold(client.chat('x', { messageId: 'second' }));
+  assert.deepEqual(ended, [
+    ['long', true, 'failed', 'payload_too_large'],
+    ['aborted', true, 'cancelled', undefined],
+    ['second', true, 'failed', 'too_many_pending'],
+  ]);
+});
+
 test('bounds: open answers, and the same id twice is one answer', async (t) => {
   const { client, peer } = await connected(t, { maxOpenAnswers: 1 });
   const answer = client.chat('x', { messageId: 'm1' });
