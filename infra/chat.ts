@@ -34,6 +34,7 @@ Exit codes: 0 answered or stopped by Ctrl-C · 1 failed or refused · 2 wrong ar
 
 const EXIT = { ok: 0, failed: 1, usage: 2, unreachable: 3, interrupted: 130 } as const;
 const REACH_MS = 4_000; // for the first connection
+const ASK_WHY_MS = 1_500; // a gateway that answers does so at once, but for a Redis that it pings for a second
 const LOST_MS = 60_000; // for getting it back in the middle of an answer
 /** The terminal and npm both pass a Ctrl-C on; what comes within this time is the same one. */
 const SAME_SIGNAL_MS = 300;
@@ -214,15 +215,34 @@ function watchConnection(client: Client, onGiveUp: () => void): void {
   client.on('disconnected', ({ final }) => final && clear());
 }
 
-function describeError(error: unknown, settings: Settings): { text: string; code: number } {
+/** Why no connection came about, as far as the gateways say it themselves. */
+async function explainUnreachable({ urls }: Settings): Promise<string> {
+  const reasons = await Promise.all(urls.map(askWhy));
+  const known = [...new Set(reasons.filter((reason) => reason !== null))];
+  if (known.length > 0) return known.join('\n');
+  return `No gateway answers at ${urls.join(', ')}. Start one with "npm start", or name another with --url.`;
+}
+
+/** What /readyz says, or what is wrong with the certificate; null when nobody of ours is there. */
+async function askWhy(url: string): Promise<string | null> {
+  const origin = new URL(url).origin.replace(/^ws/, 'http');
+  try {
+    const response = await fetch(`${origin}/readyz`, { signal: AbortSignal.timeout(ASK_WHY_MS) });
+    const text = (await response.text()).trim();
+    if (response.ok && text === 'ready')
+      return `The gateway at ${url} is ready, but no connection to it came about.`;
+    return text.startsWith('not ready: ') ? `The gateway at ${url} is ${text}.` : null;
+  } catch (error) {
+    const { code = '', message = '' } = ((error as Error).cause ?? {}) as NodeJS.ErrnoException;
+    if (!/CERT|SELF_SIGNED|UNABLE_TO_VERIFY|ISSUER/.test(code)) return null;
+    return `The certificate of ${url} is not trusted: ${message}. If it is yours, name its authority: NODE_EXTRA_CA_CERTS=ca.pem npm run chat`;
+  }
+}
+
+function describeError(error: unknown): { text: string; code: number } {
   if (!(error instanceof ClientError)) throw error;
   const { code, message, retryAfterMs } = error;
   switch (code) {
-    case 'timeout':
-      return {
-        text: `No gateway answers at ${settings.urls.join(', ')}. Start one with "npm start", or name another with --url.`,
-        code: EXIT.unreachable,
-      };
     case 'closed':
       return { text: message, code: EXIT.unreachable };
     case 'unauthorized':
@@ -307,7 +327,7 @@ async function converse(client: Client, settings: Settings, status: Status): Pro
         history.push({ role: 'user', content: question }, { role: 'assistant', content: text });
         history.splice(0, Math.max(0, history.length - HISTORY_MESSAGES));
       } catch (error) {
-        const { text, code } = describeError(error, settings);
+        const { text, code } = describeError(error);
         status.say(text);
         if (client.state === 'closed') return code;
       } finally {
@@ -366,7 +386,11 @@ async function main(): Promise<number> {
       ? await converse(client, settings, status)
       : await askOnce(client, settings, contents, status);
   } catch (error) {
-    const { text, code } = describeError(error, settings);
+    if (error instanceof ClientError && error.code === 'timeout') {
+      status.say(await explainUnreachable(settings));
+      return EXIT.unreachable;
+    }
+    const { text, code } = describeError(error);
     status.say(text);
     return code;
   } finally {

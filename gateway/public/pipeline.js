@@ -55,6 +55,7 @@ export function createPipelineView({ elements, getOrigins, onNodes, isMine }) {
           signal: AbortSignal.timeout(TIMEOUT_MS),
         });
         if (response.status === 401 || response.status === 403) throw new Problem('off');
+        if (response.status >= 500) throw new Error(`the gateway answers ${response.status}`); // it passes
         if (!response.ok) throw new Problem('missing');
         return await response.json();
       } catch (error) {

@@ -367,6 +367,21 @@ test('narrow and dark: nothing sticks out, drawers open and close', async (t) =>
   await page.waitForSelector('#nodes', { state: 'hidden' });
 });
 
+test('the live view of a gateway without Redis is away for a while, not missing', async (t) => {
+  let isAway = true;
+  const page = await openPage(t, {
+    allow: /503/,
+    prepare: async (blank) => {
+      await blank.route('**/pipeline', (route) =>
+        isAway ? route.fulfill({ status: 503, json: { error: { code: 'unavailable' } } }) : route.continue(),
+      );
+    },
+  });
+  await page.locator('#pipeline-note', { hasText: 'cannot be reached right now' }).waitFor();
+  isAway = false;
+  await page.waitForSelector('#pipeline-live[data-state=live]');
+});
+
 test('a long conversation: the page is no taller than its window, and the skip link only moves the focus', async (t) => {
   const page = await openPage(t);
   for (const question of ['one', 'two', 'three', 'four']) {
