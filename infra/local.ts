@@ -107,8 +107,9 @@ async function start(
       },
     });
   };
+  const scheme = env.TLS_CERT_FILE || env.TLS_KEY_FILE ? 'https' : 'http'; // a gateway refuses one without the other
   // A page that was loaded from one gateway goes on at the other when its own dies.
-  const origins = ports.flatMap((port) => [`http://127.0.0.1:${port}`, `http://localhost:${port}`]);
+  const origins = ports.flatMap((port) => [`${scheme}://127.0.0.1:${port}`, `${scheme}://localhost:${port}`]);
   ports.forEach((port, index) => {
     const node = `n${index + 1}`;
     stack.gateways.push(
@@ -137,7 +138,10 @@ async function start(
   stopping.throwIfAborted();
 
   const host = ['0.0.0.0', '::'].includes(config.HOST) ? '127.0.0.1' : config.HOST;
-  const gateways = ports.map((port, index) => ({ node: `n${index + 1}`, url: `http://${host}:${port}` }));
+  const gateways = ports.map((port, index) => ({
+    node: `n${index + 1}`,
+    url: `${scheme}://${host}:${port}`,
+  }));
   writeRunState(folder, {
     pid: process.pid,
     startedAt: new Date().toISOString(),

@@ -1,14 +1,17 @@
 import assert from 'node:assert/strict';
-import { spawn } from 'node:child_process';
-import { existsSync } from 'node:fs';
+import { spawn, spawnSync } from 'node:child_process';
+import { once } from 'node:events';
+import { existsSync, readFileSync } from 'node:fs';
 import { mkdtemp, rm } from 'node:fs/promises';
 import { createServer } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { type TestContext, test } from 'node:test';
 import { setTimeout as delay } from 'node:timers/promises';
+import { WebSocket } from 'ws';
 import { readCommand, tryPort } from '../../infra/ports.ts';
 import { readRunState } from '../../infra/run-state.ts';
+import { makeCertificate } from '../helpers/certificate.ts';
 import { freePortAndAt } from '../helpers/free-port.ts';
 
 /** The real `npm start`, with its data in a temporary folder and on free ports. */
@@ -106,6 +109,45 @@ test('npm start: an address that answers, calm refusals of a second one, and a C
   assert.ok(!existsSync(join(folder, 'run.json')) && !existsSync(join(folder, 'start.pid')));
   assert.ok(existsSync(join(folder, 'redis', 'appendonlydir'))); // the data stays for the next run
   await tryPort('127.0.0.1', port);
+});
+
+test('npm start with a certificate: https addresses, and a chat that finds them', async (t) => {
+  const folder = await tempFolder(t);
+  const { cert, key } = makeCertificate(folder);
+  const port = await freePortAndAt(1);
+  const started = npmStart(t, {
+    RIVULET_DIR: folder,
+    PORT: String(port),
+    TLS_CERT_FILE: cert,
+    TLS_KEY_FILE: key,
+  });
+  await started.says(
+    new RegExp(`Page +https://127.0.0.1:${port} +\\(the other gateway: https://127.0.0.1:${port + 1}\\)`),
+  );
+  await started.says(/Processes/);
+  const chat = (env: Record<string, string>) =>
+    spawnSync(
+      process.execPath,
+      ['--import', './infra/typescript.mjs', 'infra/chat.ts', '-u', '20001', '6 * 7'],
+      {
+        encoding: 'utf8',
+        env: { PATH: process.env.PATH, RIVULET_DIR: folder, ...env },
+      },
+    );
+  const stranger = chat({});
+  assert.equal(stranger.status, 3);
+  assert.match(stranger.stderr, /certificate of https:\S+ is not trusted: self-signed.*NODE_EXTRA_CA_CERTS=/);
+  const friend = chat({ NODE_EXTRA_CA_CERTS: cert });
+  assert.match(friend.stdout, /42/);
+  assert.equal(friend.status, 0);
+  const fromTheOther = new WebSocket(`wss://127.0.0.1:${port}/ws?userId=20001`, {
+    origin: `https://localhost:${port + 1}`,
+    ca: readFileSync(cert),
+  });
+  await once(fromTheOther, 'open');
+  fromTheOther.terminate();
+  started.signalGroup('SIGINT');
+  await started.ended;
 });
 
 test('npm start: a port that another program has is named, with its owner and the way out', async (t) => {
