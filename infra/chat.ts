@@ -3,7 +3,7 @@ import { parseArgs } from 'node:util';
 import { WebSocket } from 'ws';
 import { type Answer, type Client, ClientError, type ClientOptions, createClient } from '../shared/client.ts';
 import { type HistoryMessage, parseUserId } from '../shared/protocol.ts';
-import { readRunState } from './run-state.ts';
+import { findRun, NothingRunsError, UsageError } from './command.ts';
 
 /**
  * `npm run chat`: one question from the arguments or the pipe, or a conversation at a prompt. The answer goes to
@@ -41,8 +41,6 @@ const SAME_SIGNAL_MS = 300;
 const HISTORY_MESSAGES = 40;
 const LONGEST_INPUT = 1024 * 1024; // characters from a pipe; the gateway's own limit is lower
 
-class UsageError extends Error {}
-
 interface Settings {
   userId: string;
   urls: string[];
@@ -71,7 +69,7 @@ function readSettings(args: string[], env: Environment, stdinIsTerminal: boolean
   const piped = joined === '-' || (joined === '' && !stdinIsTerminal);
   return {
     userId: user.userId,
-    urls: readUrls(values.url ?? env.RIVULET_URL),
+    urls: readUrls(values.url ?? env.RIVULET_URL, env),
     token: values.token ?? (env.RIVULET_TOKEN || undefined),
     message: piped ? '-' : joined || null,
     conversationId: values.conversation,
@@ -102,13 +100,13 @@ function defaultUser(env: Environment): string {
   return (env.USER || env.LOGNAME || 'guest').replace(/[^A-Za-z0-9._:@-]/g, '-').slice(0, 64);
 }
 
-function readUrls(given: string | undefined): string[] {
+function readUrls(given: string | undefined, env: Environment): string[] {
   if (given)
     return given
       .split(',')
       .map((url) => url.trim())
       .filter(Boolean);
-  const running = readRunState()?.gateways ?? [];
+  const running = findRun(env)?.gateways ?? [];
   return running.length > 0 ? running.map((gateway) => gateway.url) : ['ws://127.0.0.1:8080/ws'];
 }
 
@@ -407,7 +405,11 @@ process.stdout.on('error', (error: NodeJS.ErrnoException) => {
 try {
   process.exitCode = await main();
 } catch (error) {
-  if (!(error instanceof UsageError)) throw error;
-  process.stderr.write(`${error.message}\nTry: npm run chat -- --help\n`);
-  process.exitCode = EXIT.usage;
+  if (error instanceof NothingRunsError) {
+    process.stderr.write(`${error.message}\n`);
+    process.exitCode = EXIT.unreachable;
+  } else if (error instanceof UsageError) {
+    process.stderr.write(`${error.message}\nTry: npm run chat -- --help\n`);
+    process.exitCode = EXIT.usage;
+  } else throw error;
 }

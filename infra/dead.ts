@@ -1,11 +1,9 @@
 import { setTimeout as delay } from 'node:timers/promises';
 import { parseArgs } from 'node:util';
-import { z } from 'zod';
-import { commonSettings, parseConfig } from '../shared/config.ts';
 import { createDeadLetters, type DeadLetter, type DeadLetters } from '../shared/dead-letters.ts';
 import { createKeys } from '../shared/keys.ts';
 import { createRedis } from '../shared/redis.ts';
-import { readRunState } from './run-state.ts';
+import { chooseRedis } from './command.ts';
 
 /** `npm run dead`: requests that used up their attempts; look at them, replay them, drop them. */
 
@@ -52,14 +50,7 @@ async function main(args: string[], env: NodeJS.ProcessEnv): Promise<number> {
   if (action !== 'list' && names.length === 0 && !(values.all && action !== 'show'))
     throw new Error(`${action} needs names as list prints them${action === 'show' ? '' : ', or --all'}`);
 
-  const run = readRunState();
-  const config = parseConfig(
-    z.object({ REDIS_URL: commonSettings.REDIS_URL, KEY_PREFIX: commonSettings.KEY_PREFIX }),
-    {
-      REDIS_URL: values.redis ?? (env.REDIS_URL || run?.redisUrl),
-      KEY_PREFIX: values.prefix ?? (env.KEY_PREFIX || run?.keyPrefix),
-    },
-  );
+  const config = chooseRedis(values, env);
   const redis = createRedis({ url: config.REDIS_URL, name: 'dead' });
   try {
     await redis.connected(REACH_MS);

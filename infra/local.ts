@@ -5,6 +5,7 @@ import { fileURLToPath } from 'node:url';
 import { z } from 'zod';
 import { ConfigError, commonSettings, drainMs, integer, parseConfig } from '../shared/config.ts';
 import { createKeys } from '../shared/keys.ts';
+import { quote } from './command.ts';
 import { findListener, readCommand, tryPort } from './ports.ts';
 import { findLeftover, startRedisServer } from './redis-server.ts';
 import { lockFolder, readRunState, removeRunState, stateFolder, writeRunState } from './run-state.ts';
@@ -167,10 +168,12 @@ function greet(
     `autoscaler ${stack.autoscaler!.pid}`,
   ];
   if (redis.pid) processes.push(`redis ${redis.pid}`);
+  // The commands find this run by its folder.
+  const where = process.env.RIVULET_DIR ? `RIVULET_DIR=${quote(process.env.RIVULET_DIR)} ` : '';
   const rows = [
     ['Page', `${gateways[0]!.url}  (the other gateway: ${gateways[1]!.url})`],
-    ['Terminal', 'npm run chat -- --user 20001 "hello"'],
-    ['Queues', 'npm run streams'],
+    ['Terminal', `${where}npm run chat -- --user 20001 "hello"`],
+    ['Queues', `${where}npm run streams`],
     ['Redis', `${redis.cli} XINFO STREAM '${stream}'`],
     [
       'Processes',

@@ -1,11 +1,9 @@
 import { setTimeout as delay } from 'node:timers/promises';
 import { parseArgs } from 'node:util';
-import { z } from 'zod';
-import { commonSettings, parseConfig } from '../shared/config.ts';
 import { createKeys } from '../shared/keys.ts';
 import { type PipelineSnapshot, readPipeline } from '../shared/pipeline.ts';
 import { createRedis, type RedisConnection, redactUrl } from '../shared/redis.ts';
-import { readRunState } from './run-state.ts';
+import { chooseRedis } from './command.ts';
 import { renderPipeline } from './streams-table.ts';
 
 /** `npm run streams`: the queues and the workers, live on a terminal, as one plain table anywhere else. */
@@ -38,18 +36,13 @@ async function main(args: string[], env: NodeJS.ProcessEnv): Promise<number> {
     console.log(HELP);
     return 0;
   }
-  const run = readRunState();
-  const config = parseConfig(commonSettingsSchema, {
-    REDIS_URL: values.redis ?? (env.REDIS_URL || run?.redisUrl),
-    KEY_PREFIX: values.prefix ?? (env.KEY_PREFIX || run?.keyPrefix),
-  });
+  const config = chooseRedis(values, env);
   const redis = createRedis({ url: config.REDIS_URL, name: 'streams' });
   try {
     await redis.connected(REACH_MS).catch((error: Error) => {
-      const hint =
-        run || values.redis || env.REDIS_URL
-          ? ''
-          : '\nNo npm start runs from this folder; start it, or name a Redis with --redis.';
+      const hint = config.isNamed
+        ? ''
+        : '\nNo npm start runs from this folder; start it, or name a Redis with --redis.';
       throw new Error(error.message + hint);
     });
     const look = () => readSnapshot(redis, config.KEY_PREFIX);
@@ -62,11 +55,6 @@ async function main(args: string[], env: NodeJS.ProcessEnv): Promise<number> {
     await redis.close();
   }
 }
-
-const commonSettingsSchema = z.object({
-  REDIS_URL: commonSettings.REDIS_URL,
-  KEY_PREFIX: commonSettings.KEY_PREFIX,
-});
 
 async function readSnapshot(redis: RedisConnection, prefix: string): Promise<PipelineSnapshot> {
   const [seconds, micros] = await redis.client.time();

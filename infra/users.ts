@@ -1,14 +1,12 @@
 import { userInfo } from 'node:os';
 import { parseArgs } from 'node:util';
-import { z } from 'zod';
 import { type AccessStore, createAccessStore, UNLIMITED } from '../shared/access.ts';
-import { commonSettings, parseConfig } from '../shared/config.ts';
 import { createKeys } from '../shared/keys.ts';
 import { createNodeRegistry } from '../shared/node-registry.ts';
 import { createLiveNodes, readPresence } from '../shared/presence.ts';
 import { parseUserId } from '../shared/protocol.ts';
 import { createRedis, type RedisConnection } from '../shared/redis.ts';
-import { readRunState } from './run-state.ts';
+import { chooseRedis, UsageError } from './command.ts';
 
 /** `npm run users`: bans, locks and quotas, for administrators. Every change is kept in the audit stream. */
 
@@ -28,10 +26,6 @@ const HELP = `Usage: npm run users -- <command> [options]
 
 const REACH_MS = 2_500;
 
-class UsageError extends Error {}
-
-const settings = z.object({ REDIS_URL: commonSettings.REDIS_URL, KEY_PREFIX: commonSettings.KEY_PREFIX });
-
 async function main(args: string[], env: NodeJS.ProcessEnv): Promise<number> {
   const { values, positionals } = parseArgs({
     args,
@@ -48,11 +42,7 @@ async function main(args: string[], env: NodeJS.ProcessEnv): Promise<number> {
     return 0;
   }
   if (positionals.length === 0) throw new UsageError('a command is missing');
-  const run = readRunState();
-  const config = parseConfig(settings, {
-    REDIS_URL: values.redis ?? (env.REDIS_URL || run?.redisUrl),
-    KEY_PREFIX: values.prefix ?? (env.KEY_PREFIX || run?.keyPrefix),
-  });
+  const config = chooseRedis(values, env);
   const redis = createRedis({ url: config.REDIS_URL, name: 'users' });
   try {
     await redis.connected(REACH_MS);

@@ -29,6 +29,22 @@ async function call(
   return { code, said };
 }
 
+test('RIVULET_DIR of a folder where nothing runs: it says so, and looks nowhere else', async () => {
+  for (const [script, args, code] of [
+    ['chat', ['hello'], 3],
+    ['streams', ['--once'], 1],
+    ['users', ['show', '20001'], 1],
+    ['dead', ['list'], 1],
+  ] as const) {
+    const { code: left, said } = await call(script, [...args], { RIVULET_DIR: '/tmp/no such folder' });
+    assert.equal(
+      said,
+      "Nothing runs from RIVULET_DIR=/tmp/no such folder. Start it: RIVULET_DIR='/tmp/no such folder' npm start\n",
+    );
+    assert.equal(left, code, script);
+  }
+});
+
 test('chat: a gateway that is not ready says why', async (t) => {
   const server = createServer((request, response) => {
     response.writeHead(request.url === '/readyz' ? 503 : 404);

@@ -84,7 +84,8 @@ test('npm start: an address that answers, calm refusals of a second one, and a C
   assert.equal(pids.length, 6, line); // n1, n2, two workers, autoscaler, redis
   for (const offset of [0, 1])
     assert.equal((await fetch(`http://127.0.0.1:${port + offset}/healthz`)).status, 200);
-  await first.says(/npm run chat -- --user 20001 "hello"/);
+  await first.says(new RegExp(`RIVULET_DIR=${folder} npm run chat -- --user 20001 "hello"`));
+  await first.says(new RegExp(`RIVULET_DIR=${folder} npm run streams\n`));
   await first.says(/redis-cli -p \d+/);
   assert.deepEqual(readRunState(folder)?.gateways, [
     { node: 'n1', url: `http://127.0.0.1:${port}` },

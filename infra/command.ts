@@ -1,0 +1,49 @@
+import { z } from 'zod';
+import { ConfigError, commonSettings, parseConfig } from '../shared/config.ts';
+import { type RunState, readRunState, stateFolder } from './run-state.ts';
+
+/** What the commands for people have in common: which system they are about, and how they refuse. */
+
+/** A mistake in how a command was called; every command leaves with 2. */
+export class UsageError extends Error {}
+
+export function isUsageError(error: unknown): error is Error {
+  if (error instanceof UsageError || error instanceof ConfigError) return true;
+  return String((error as NodeJS.ErrnoException)?.code).startsWith('ERR_PARSE_ARGS_');
+}
+
+/** RIVULET_DIR asks for a certain system; another one in its place would be a surprise. */
+export class NothingRunsError extends Error {}
+
+/** The running `npm start`, or null. @throws NothingRunsError when none runs from the folder that RIVULET_DIR names */
+export function findRun(env: NodeJS.ProcessEnv): RunState | null {
+  const run = readRunState(stateFolder(env));
+  if (run || !env.RIVULET_DIR) return run;
+  throw new NothingRunsError(
+    `Nothing runs from RIVULET_DIR=${env.RIVULET_DIR}. Start it: RIVULET_DIR=${quote(env.RIVULET_DIR)} npm start`,
+  );
+}
+
+const redisSettings = z.object({
+  REDIS_URL: commonSettings.REDIS_URL,
+  KEY_PREFIX: commonSettings.KEY_PREFIX,
+});
+
+/** The Redis that a command looks into: what its options say, else the settings, else the running `npm start`. */
+export function chooseRedis(
+  options: { redis?: string | undefined; prefix?: string | undefined },
+  env: NodeJS.ProcessEnv,
+): z.infer<typeof redisSettings> & { isNamed: boolean } {
+  const named = options.redis ?? (env.REDIS_URL || undefined);
+  const run = named === undefined ? findRun(env) : readRunState(stateFolder(env));
+  const config = parseConfig(redisSettings, {
+    REDIS_URL: named ?? run?.redisUrl,
+    KEY_PREFIX: options.prefix ?? (env.KEY_PREFIX || run?.keyPrefix),
+  });
+  return { ...config, isNamed: named !== undefined || run !== null };
+}
+
+/** For a shell, where it would not be one plain word. */
+export function quote(text: string): string {
+  return /^[\w@%+=:,./-]+$/.test(text) ? text : `'${text.replaceAll("'", `'\\''`)}'`;
+}
