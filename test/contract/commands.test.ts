@@ -1,8 +1,11 @@
 import assert from 'node:assert/strict';
-import { spawn } from 'node:child_process';
+import { spawn, spawnSync } from 'node:child_process';
 import { once } from 'node:events';
+import { cpSync, mkdtempSync, rmSync } from 'node:fs';
 import { createServer } from 'node:http';
 import type { AddressInfo } from 'node:net';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
 import { test } from 'node:test';
 
 /** The commands of `infra/`, as a person calls them: what they say and how they leave when something is wrong. */
@@ -28,6 +31,25 @@ async function call(
   const [code] = await once(child, 'close');
   return { code, said };
 }
+
+test('without node_modules, one line says what to run', async (t) => {
+  const clone = mkdtempSync(join(tmpdir(), 'rivulet-clone-'));
+  t.after(() => rmSync(clone, { recursive: true, force: true }));
+  for (const folder of ['gateway', 'infra', 'shared'])
+    cpSync(new URL(`../../${folder}`, import.meta.url), join(clone, folder), { recursive: true });
+  for (const script of ['gateway/main.ts', 'infra/chat.ts']) {
+    const { status, stdout, stderr } = spawnSync(
+      process.execPath,
+      ['--import', './infra/typescript.mjs', script],
+      { cwd: clone, encoding: 'utf8' },
+    );
+    assert.deepEqual(
+      [status, stdout, stderr],
+      [1, '', 'The dependencies are not installed: run npm ci\n'],
+      script,
+    );
+  }
+});
 
 test('RIVULET_DIR of a folder where nothing runs: it says so, and looks nowhere else', async () => {
   for (const [script, args, code] of [
