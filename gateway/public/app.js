@@ -487,7 +487,10 @@ function buildTurn(turn) {
   const root = element('li', 'turn');
   const question = element('div', 'question');
   const bubble = element('div', 'bubble');
-  bubble.append(element('span', 'visually-hidden', 'You: '), document.createTextNode(turn.question));
+  bubble.dir = 'auto';
+  const asker = element('span', 'visually-hidden', 'You: ');
+  asker.dir = 'ltr'; // and so without a say in the bubble's direction
+  bubble.append(asker, document.createTextNode(turn.question));
   question.append(bubble);
   const answer = element('div', 'answer');
   const body = element('div', 'prose');
@@ -608,7 +611,9 @@ function drawSidebar() {
     open.type = 'button';
     open.dataset.id = conversation.id;
     if (conversation.id === current.id) open.setAttribute('aria-current', 'page');
-    open.append(element('span', 'list-text', conversation.title || 'Untitled'));
+    const title = element('span', 'list-text', conversation.title || 'Untitled');
+    title.dir = 'auto';
+    open.append(title);
     if (conversation.turns.some(isOpen)) {
       const busy = element('span', 'list-busy');
       busy.append(element('span', 'visually-hidden', ' (being answered)'));

@@ -1,6 +1,6 @@
 /**
  * A small part of Markdown, as DOM nodes: paragraphs, headings, fenced code, lists, quotes, rules; inline code,
- * bold, italic, links. Text only ever becomes text nodes, so whatever a model writes is shown, never run. Links go
+ * bold, italic, links. Each block finds its own direction; code is always left to right. Text only ever becomes text nodes, so whatever a model writes is shown, never run. Links go
  * to http and https only. Every scan is linear in the text: nothing here backtracks.
  *
  * While an answer streams, only the blocks that changed are built again: with text that grows at its end, the last.
@@ -134,19 +134,28 @@ function buildBlock(block) {
       return buildCode(block);
     case 'heading':
       // The page has its own h1 and h2.
-      return withInline(document.createElement(`h${Math.min(6, block.level + 2)}`), block.text);
+      return withInline(createDirected(`h${Math.min(6, block.level + 2)}`), block.text);
     case 'rule':
       return document.createElement('hr');
     case 'quote': {
-      const quote = document.createElement('blockquote');
+      const quote = createDirected('blockquote');
       quote.append(withInline(document.createElement('p'), block.text));
       return quote;
     }
-    case 'list':
-      return buildList(block.items);
+    case 'list': {
+      const list = buildList(block.items);
+      list.dir = 'auto';
+      return list;
+    }
     default:
-      return withInline(document.createElement('p'), block.text);
+      return withInline(createDirected('p'), block.text);
   }
+}
+
+function createDirected(tag) {
+  const element = document.createElement(tag);
+  element.dir = 'auto';
+  return element;
 }
 
 function buildCode({ code, language }) {
@@ -238,6 +247,7 @@ function appendInline(parent, text, depth) {
       if (end > 0) {
         flush();
         const code = document.createElement('code');
+        code.dir = 'ltr';
         code.textContent = text.slice(index + length, end).replace(/^ (.*) $/s, '$1');
         parent.append(code);
         index = end + length;
