@@ -1,6 +1,6 @@
 import assert from 'node:assert/strict';
-import { spawn } from 'node:child_process';
-import { cpSync, mkdtempSync, readdirSync, readFileSync, rmSync, symlinkSync } from 'node:fs';
+import { spawn, spawnSync } from 'node:child_process';
+import { cpSync, mkdtempSync, readdirSync, readFileSync, rmSync, symlinkSync, writeFileSync } from 'node:fs';
 import { builtinModules } from 'node:module';
 import { tmpdir } from 'node:os';
 import { dirname, join } from 'node:path';
@@ -341,4 +341,18 @@ test('the runbook names only commands, files and settings that exist', () => {
     'Capacity',
   ])
     assert.match(runbook, new RegExp(`^## ${section}`, 'm'));
+});
+
+test('who saves the examples of the README here can still run npm test', (t) => {
+  const folder = mkdtempSync(join(tmpdir(), 'rivulet-readme-'));
+  t.after(() => rmSync(folder, { recursive: true, force: true }));
+  const examples = [...read('README.md').matchAll(/^```(js|ts)\n(.*?)^```/gms)];
+  assert.equal(examples.length, 2);
+  for (const [, language, text] of examples) writeFileSync(join(folder, `example.${language}`), text!);
+  const { status, stderr } = spawnSync(
+    join(ROOT, 'node_modules/.bin/biome'),
+    ['check', '--error-on-warnings', `--config-path=${ROOT}`, '--vcs-enabled=false', '.'],
+    { cwd: folder, encoding: 'utf8' },
+  );
+  assert.equal(status, 0, stderr);
 });
