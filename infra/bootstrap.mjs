@@ -22,7 +22,10 @@ const ROOT = dirname(dirname(fileURLToPath(import.meta.url)));
 
 /** What each command runs, and the programs (keys of TOOLS) that must be there first. */
 export const COMMANDS = {
-  start: { script: 'infra/local.ts', tools: (_args, env) => (env.REDIS_URL ? [] : ['redis']) },
+  start: {
+    script: 'infra/local.ts',
+    tools: (args, env) => (env.REDIS_URL || args.length > 0 ? [] : ['redis']),
+  },
   test: {
     script: 'infra/run-tests.ts',
     tools: testTools,

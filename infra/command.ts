@@ -1,5 +1,5 @@
 import { z } from 'zod';
-import { ConfigError, commonSettings, parseConfig } from '../shared/config.ts';
+import { ConfigError, commonSettings, parseConfig, withRedisTls } from '../shared/config.ts';
 import { type RunState, readRunState, stateFolder } from './run-state.ts';
 
 /** What the commands for people have in common: which system they are about, and how they refuse. */
@@ -7,9 +7,12 @@ import { type RunState, readRunState, stateFolder } from './run-state.ts';
 /** A mistake in how a command was called; every command leaves with 2. */
 export class UsageError extends Error {}
 
-export function isUsageError(error: unknown): error is Error {
-  if (error instanceof UsageError || error instanceof ConfigError) return true;
-  return String((error as NodeJS.ErrnoException)?.code).startsWith('ERR_PARSE_ARGS_');
+/** Says why a command failed, and how to call it if that is why. Returns its exit code. */
+export function reportFailure(error: Error, help: string): number {
+  const isUsage =
+    error instanceof UsageError || /^ERR_PARSE_ARGS_/.test((error as NodeJS.ErrnoException).code ?? '');
+  process.stderr.write(`${error.message}\n${isUsage ? `\n${help}\n` : ''}`);
+  return isUsage || error instanceof ConfigError ? 2 : 1;
 }
 
 /** RIVULET_DIR asks for a certain system; another one in its place would be a surprise. */
@@ -24,10 +27,8 @@ export function findRun(env: NodeJS.ProcessEnv): RunState | null {
   );
 }
 
-const redisSettings = z.object({
-  REDIS_URL: commonSettings.REDIS_URL,
-  KEY_PREFIX: commonSettings.KEY_PREFIX,
-});
+const { REDIS_URL, REDIS_TLS_CA, REDIS_TLS_CERT, REDIS_TLS_KEY, KEY_PREFIX } = commonSettings;
+const redisSettings = z.object({ REDIS_URL, REDIS_TLS_CA, REDIS_TLS_CERT, REDIS_TLS_KEY, KEY_PREFIX });
 
 /** The Redis that a command looks into: what its options say, else the settings, else the running `npm start`. */
 export function chooseRedis(
@@ -37,10 +38,11 @@ export function chooseRedis(
   const named = options.redis ?? (env.REDIS_URL || undefined);
   const run = named === undefined ? findRun(env) : readRunState(stateFolder(env));
   const config = parseConfig(redisSettings, {
+    ...env,
     REDIS_URL: named ?? run?.redisUrl,
     KEY_PREFIX: options.prefix ?? (env.KEY_PREFIX || run?.keyPrefix),
   });
-  return { ...config, isNamed: named !== undefined || run !== null };
+  return { ...withRedisTls(config), isNamed: named !== undefined || run !== null };
 }
 
 /** For a shell, where it would not be one plain word. */

@@ -3,7 +3,7 @@ import { parseArgs } from 'node:util';
 import { createDeadLetters, type DeadLetter, type DeadLetters } from '../shared/dead-letters.ts';
 import { createKeys } from '../shared/keys.ts';
 import { createRedis } from '../shared/redis.ts';
-import { chooseRedis } from './command.ts';
+import { chooseRedis, reportFailure, UsageError } from './command.ts';
 
 /** `npm run dead`: requests that used up their attempts; look at them, replay them, drop them. */
 
@@ -41,14 +41,17 @@ async function main(args: string[], env: NodeJS.ProcessEnv): Promise<number> {
     },
   });
   const [action, ...names] = positionals;
-  if (values.help || !action || !['list', 'show', 'replay', 'drop'].includes(action)) {
+  if (values.help) {
     console.log(HELP);
-    return values.help ? 0 : 2;
+    return 0;
   }
+  if (!action) throw new UsageError('a command is missing');
+  if (!['list', 'show', 'replay', 'drop'].includes(action))
+    throw new UsageError(`there is no command ${action}`);
   const batch = wholeNumber('--batch', values.batch);
   const limit = wholeNumber('--limit', values.limit);
   if (action !== 'list' && names.length === 0 && !(values.all && action !== 'show'))
-    throw new Error(`${action} needs names as list prints them${action === 'show' ? '' : ', or --all'}`);
+    throw new UsageError(`${action} needs names as list prints them${action === 'show' ? '' : ', or --all'}`);
 
   const config = chooseRedis(values, env);
   const redis = createRedis({ url: config.REDIS_URL, name: 'dead' });
@@ -56,11 +59,15 @@ async function main(args: string[], env: NodeJS.ProcessEnv): Promise<number> {
     await redis.connected(REACH_MS);
     const letters = createDeadLetters({ redis, keys: createKeys(config.KEY_PREFIX) });
 
+    let missing = 0;
     async function* chosen(): AsyncGenerator<DeadLetter> {
       for (const name of names) {
         const letter = await letters.find(name);
         if (letter) yield letter;
-        else console.error(`${name}: there is no such letter`);
+        else {
+          console.error(`${name}: there is no such letter`);
+          missing++;
+        }
       }
       if (names.length > 0) return;
       for await (const letter of letters.list(values.node))
@@ -83,7 +90,7 @@ async function main(args: string[], env: NodeJS.ProcessEnv): Promise<number> {
       }
       case 'show':
         for await (const letter of chosen()) console.log(JSON.stringify(letter, null, values.json ? 0 : 2));
-        return 0;
+        return missing > 0 ? 1 : 0;
       case 'drop': {
         let dropped = 0;
         for await (const letter of chosen()) if (await letters.drop(letter)) dropped++;
@@ -122,7 +129,7 @@ function describe({ name, user, messageId, attempts, code, reason, atMs }: DeadL
 function wholeNumber(name: string, text: string): number {
   const value = Number(text);
   if (Number.isInteger(value) && value > 0) return value;
-  throw new Error(`${name} must be a whole number above 0`);
+  throw new UsageError(`${name} must be a whole number above 0`);
 }
 
 main(process.argv.slice(2), process.env).then(
@@ -130,7 +137,6 @@ main(process.argv.slice(2), process.env).then(
     process.exitCode = code;
   },
   (error: Error) => {
-    process.stderr.write(`${error.message}\n`);
-    process.exitCode = 1;
+    process.exitCode = reportFailure(error, HELP);
   },
 );

@@ -2,10 +2,11 @@ import { mkdirSync, rmSync, writeFileSync } from 'node:fs';
 import { basename, dirname, join, relative } from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
 import { fileURLToPath } from 'node:url';
+import { parseArgs } from 'node:util';
 import { z } from 'zod';
 import { ConfigError, commonSettings, drainMs, integer, parseConfig } from '../shared/config.ts';
 import { createKeys } from '../shared/keys.ts';
-import { quote } from './command.ts';
+import { quote, reportFailure } from './command.ts';
 import { findListener, readCommand, tryPort } from './ports.ts';
 import { findLeftover, startRedisServer } from './redis-server.ts';
 import { lockFolder, readRunState, removeRunState, stateFolder, writeRunState } from './run-state.ts';
@@ -16,6 +17,18 @@ import { type Supervised, supervise } from './supervise.ts';
  * that is started again when it dies. Everything written lands in `.rivulet` (setting `RIVULET_DIR`). Order up: ports, lock, Redis,
  * the rest together. Order down: gateways, workers, Redis, lock.
  */
+
+const HELP = `Usage: npm start
+
+Runs Redis, two gateways and workers on this machine until Ctrl-C. Settings come before it, as PORT=9090 npm start:
+
+  PORT          of the first gateway; the second takes the next (8080)
+  HOST          address to listen on (127.0.0.1)
+  RIVULET_DIR   folder for data and logs; a second copy needs its own, and its own PORT (.rivulet)
+  REDIS_URL     a Redis of yours, in place of one of our own
+  HANDLER       which model answers: demo, openai, or the path of your handler (demo)
+
+README.md has them all, under "Settings".`;
 
 const ROOT = dirname(dirname(fileURLToPath(import.meta.url)));
 const LOCAL_LEASE_MS = '5000'; // who kills a worker to see what happens should not wait half a minute
@@ -54,7 +67,18 @@ function say(line: string) {
   process.stdout.write(`${line}\n`);
 }
 
-async function main(env: NodeJS.ProcessEnv): Promise<void> {
+function readArguments(args: string[]): 'start' | 'help' {
+  const { values } = parseArgs({ args, options: { help: { type: 'boolean', short: 'h' } } });
+  return values.help ? 'help' : 'start';
+}
+
+async function main(args: string[], env: NodeJS.ProcessEnv): Promise<void> {
+  try {
+    if (readArguments(args) === 'help') return say(HELP);
+  } catch (error) {
+    process.exitCode = reportFailure(error as Error, HELP);
+    return;
+  }
   const stack: Stack = { gateways: [], autoscaler: null, closeRedis: async () => {}, unlock: () => {} };
   const stopping = stopOnSignals(stack);
   try {
@@ -81,7 +105,7 @@ async function start(
   prepareFolder(folder, logs);
   const ports = await choosePorts(config, folder);
   stack.unlock = await lock(folder);
-  say('Starting Redis, two gateways and workers…');
+  say(`Starting ${config.REDIS_URL ? '' : 'Redis, '}two gateways and workers…`);
   const redis = await openRedis(config, folder, stack, stopping);
   stopping.throwIfAborted();
 
@@ -337,4 +361,4 @@ function shorten(path: string): string {
   return near.startsWith('..') ? path : near;
 }
 
-await main(process.env);
+await main(process.argv.slice(2), process.env);

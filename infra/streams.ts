@@ -3,7 +3,7 @@ import { parseArgs } from 'node:util';
 import { createKeys } from '../shared/keys.ts';
 import { type PipelineSnapshot, readPipeline } from '../shared/pipeline.ts';
 import { createRedis, type RedisConnection, redactUrl } from '../shared/redis.ts';
-import { chooseRedis } from './command.ts';
+import { chooseRedis, reportFailure } from './command.ts';
 import { renderPipeline } from './streams-table.ts';
 
 /** `npm run streams`: the queues and the workers, live on a terminal, as one plain table anywhere else. */
@@ -106,8 +106,5 @@ async function showLive(look: () => Promise<PipelineSnapshot>, url: string): Pro
 process.stdout.on('error', () => process.exit(0)); // `npm run streams | head -3` closed the pipe
 main(process.argv.slice(2), process.env).then(
   (code) => process.exit(code),
-  (error: Error) => {
-    process.stderr.write(`${error.message}\n`);
-    process.exit(1);
-  },
+  (error: Error) => process.exit(reportFailure(error, HELP)),
 );

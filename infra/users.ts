@@ -6,7 +6,7 @@ import { createNodeRegistry } from '../shared/node-registry.ts';
 import { createLiveNodes, readPresence } from '../shared/presence.ts';
 import { parseUserId } from '../shared/protocol.ts';
 import { createRedis, type RedisConnection } from '../shared/redis.ts';
-import { chooseRedis, UsageError } from './command.ts';
+import { chooseRedis, reportFailure, UsageError } from './command.ts';
 
 /** `npm run users`: bans, locks and quotas, for administrators. Every change is kept in the audit stream. */
 
@@ -24,6 +24,7 @@ const HELP = `Usage: npm run users -- <command> [options]
   --redis URL    which Redis; otherwise REDIS_URL, the running npm start, redis://127.0.0.1:6379
   --prefix TEXT  prefix of the keys; otherwise KEY_PREFIX, the running npm start, chat:`;
 
+const COMMANDS = ['ban', 'unban', 'lock', 'unlock', 'quota', 'show', 'audit'];
 const REACH_MS = 2_500;
 
 async function main(args: string[], env: NodeJS.ProcessEnv): Promise<number> {
@@ -41,7 +42,9 @@ async function main(args: string[], env: NodeJS.ProcessEnv): Promise<number> {
     console.log(HELP);
     return 0;
   }
-  if (positionals.length === 0) throw new UsageError('a command is missing');
+  const [command] = positionals;
+  if (!command) throw new UsageError('a command is missing');
+  if (!COMMANDS.includes(command)) throw new UsageError(`there is no command ${command}`);
   const config = chooseRedis(values, env);
   const redis = createRedis({ url: config.REDIS_URL, name: 'users' });
   try {
@@ -97,10 +100,8 @@ async function runCommand(
       await access.setQuota(user, quota, by);
       return [`${user}: ${describeQuota(quota)}`];
     }
-    case 'show':
+    default: // show
       return show(user, access, redis, keys);
-    default:
-      throw new UsageError(`there is no command ${command}`);
   }
 }
 
@@ -150,8 +151,5 @@ function readUntil(text: string, nowMs: number): number {
 
 main(process.argv.slice(2), process.env).then(
   (code) => process.exit(code),
-  (error: Error) => {
-    process.stderr.write(`${error.message}\n${error instanceof UsageError ? `\n${HELP}\n` : ''}`);
-    process.exit(error instanceof UsageError ? 2 : 1);
-  },
+  (error: Error) => process.exit(reportFailure(error, HELP)),
 );

@@ -3,6 +3,7 @@ import { readdirSync, readFileSync } from 'node:fs';
 import { setTimeout as delay } from 'node:timers/promises';
 import { Cluster, Redis, type RedisOptions } from 'ioredis';
 import type { Logger } from 'pino';
+import { ConfigError } from './config.ts';
 import { AgreedMaster } from './sentinel.ts';
 import { createTurnPipeline, type Outcome } from './turn-pipeline.ts';
 
@@ -246,6 +247,7 @@ export function createRedis(options: RedisConnectionOptions): RedisConnection {
   let lastError = '';
   hot?.on('error', () => {}); // `client` has the same trouble, and says so
   client.on('error', (error: Error) => {
+    if (error.name === 'MaxRetriesPerRequestError' && lastError !== '') return; // it follows from what was said
     // ioredis repeats the same error at every attempt; say it once per outage.
     if (error.message !== lastError)
       log?.warn({ connection: options.name, err: error.message }, 'redis connection trouble');
@@ -426,7 +428,9 @@ export function createRedis(options: RedisConnectionOptions): RedisConnection {
         if (connection.isReady()) return;
         if (Date.now() > deadline || closed)
           throw new Error(
-            `Redis at ${redactUrl(options.url)} does not answer${lastError ? `: ${lastError}` : ''}`,
+            lastError.startsWith('Protocol error')
+              ? `What answers at ${redactUrl(options.url)} is not Redis: ${lastError.split('. ', 1)[0]}`
+              : `Redis at ${redactUrl(options.url)} does not answer${lastError ? `: ${lastError}` : ''}`,
           );
         await delay(20);
       }
@@ -457,12 +461,20 @@ type Target =
   | { kind: 'server' | 'sentinel'; options: RedisOptions; nodes: [] }
   | { kind: 'cluster'; options: RedisOptions; nodes: { host: string; port: number }[] };
 
-/** @throws Error that names a file that cannot be read */
+/** @throws ConfigError that names a file that cannot be read */
 function readTlsOptions(query: string): NonNullable<RedisOptions['tls']> {
   const files = new URLSearchParams(query);
   const read = (name: string) => {
     const path = files.get(name);
-    return path ? { [name]: readFileSync(path) } : {};
+    if (!path) return {};
+    try {
+      return { [name]: readFileSync(path) };
+    } catch (error) {
+      const { code } = error as NodeJS.ErrnoException;
+      throw new ConfigError(
+        `Wrong settings: REDIS_TLS_${name.toUpperCase()} (or ${name}= in REDIS_URL) ${path} cannot be read (${code})`,
+      );
+    }
   };
   return { ...read('ca'), ...read('cert'), ...read('key') };
 }

@@ -82,3 +82,47 @@ test('chat: a gateway that is not ready says why', async (t) => {
   assert.equal(nobody.code, 3);
   assert.match(nobody.said, /^No gateway answers at ws:\/\/127\.0\.0\.1:1\. Start one with "npm start"/);
 });
+
+test('chat, streams, users, dead, autoscaler, local: a wrong call leaves with 2 and says how to call', async () => {
+  for (const [script, args, says] of [
+    ['chat', ['--bogus'], /Unknown option '--bogus'.*--help/s],
+    ['streams', ['--bogus'], /Unknown option '--bogus'.*Usage: npm run streams/s],
+    ['streams', ['bogus'], /Unexpected argument 'bogus'.*Usage: npm run streams/s],
+    ['users', ['bogus', '3'], /there is no command bogus\n.*Usage: npm run users/s],
+    ['users', [], /a command is missing\n.*Usage: npm run users/s],
+    ['dead', ['show'], /show needs names as list prints them\n.*Usage: npm run dead/s],
+    ['dead', ['bogus'], /there is no command bogus\n.*Usage: npm run dead/s],
+    ['dead', ['list', '--limit', 'x'], /--limit must be a whole number.*Usage: npm run dead/s],
+    ['autoscaler', ['--bogus'], /Unknown option '--bogus'.*Usage: npm run autoscaler/s],
+    ['local', ['--bogus'], /Unknown option '--bogus'.*Usage: npm start/s],
+    ['local', ['9090'], /Unexpected argument '9090'.*Usage: npm start/s],
+  ] as const) {
+    const { code, said } = await call(script, [...args]);
+    assert.match(said, says);
+    assert.doesNotMatch(said, /\n {4}at /);
+    assert.equal(code, 2, `${script} ${args.join(' ')}`);
+  }
+  const { code, said } = await call('local', ['--help']);
+  assert.match(said, /^Usage: npm start\n/);
+  assert.equal(code, 0);
+});
+
+test('what is not Redis, and a file that is not there, are named', async (t) => {
+  const web = createServer((_, response) => response.end()).listen(0, '127.0.0.1');
+  await once(web, 'listening');
+  t.after(() => web.close());
+  const url = `redis://127.0.0.1:${(web.address() as AddressInfo).port}`;
+  const wrongServer = await call('streams', ['--redis', url]);
+  assert.deepEqual(wrongServer, {
+    code: 1,
+    said: `What answers at ${url} is not Redis: Protocol error, got "H" as reply type byte\n`,
+  });
+  for (const script of ['streams', '../worker/main']) {
+    const { code, said } = await call(script, [], {
+      REDIS_URL: 'rediss://127.0.0.1:1',
+      REDIS_TLS_CA: '/nope',
+    });
+    assert.match(said, /^Wrong settings: REDIS_TLS_CA .*\/nope cannot be read \(ENOENT\)\n/);
+    assert.equal(code, 2);
+  }
+});

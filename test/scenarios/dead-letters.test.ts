@@ -38,6 +38,7 @@ test('dead letters: listed, shown, replayed under the same message id, twice wit
   assert.equal(letter.lastAttempt, 2);
   assert.match(await dead('list'), new RegExp(`^${letter.name} .* 20001/m1 +2 attempts +attempts_exhausted`));
   assert.deepEqual(JSON.parse(await dead('show', letter.name)).payload.parameters, parameters);
+  await assert.rejects(dead('show', 'n1/1-0'), { code: 1, stderr: 'n1/1-0: there is no such letter\n' });
 
   // A replay that was cut short after its first step: the record is open, the request is in no stream.
   const store = createGenerationStore({ redis: stack.look, keys: stack.keys, retentionMs: 60_000 });

@@ -148,6 +148,7 @@ test('a missing program is installed where we may, otherwise one line says how',
 test('each command asks only for what it needs', () => {
   assert.deepEqual(COMMANDS.start.tools([], {}), ['redis']);
   assert.deepEqual(COMMANDS.start.tools([], { REDIS_URL: 'redis://elsewhere' }), []);
+  assert.deepEqual(COMMANDS.start.tools(['--help'], {}), [], 'help installs no Redis');
   assert.ok(COMMANDS.test.tools([], {}).includes('chromium'));
   assert.ok(COMMANDS.test.tools(['test/browser/page.test.ts'], {}).includes('chromium'));
   assert.ok(!COMMANDS.test.tools(['unit'], {}).includes('chromium'));
