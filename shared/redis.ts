@@ -524,6 +524,7 @@ export function parseRedisUrl(text: string): Target {
         sentinels: hosts,
         name: path,
         failoverDetector: true,
+        sentinelRetryStrategy: () => null, // or it would go on by itself, one by one, and commands would wait for ever
         Connector: AgreedMaster as unknown as NonNullable<RedisOptions['Connector']>,
         ...(sentinelUsername ? { sentinelUsername } : {}),
         ...(sentinelPassword ? { sentinelPassword } : {}),

@@ -84,13 +84,14 @@ export class AgreedMaster extends SentinelConnector {
         answers.filter((view) => view !== null),
         this.#epoch,
       );
+      if (ranked.length === 0) throw new Error('All sentinels are unreachable'); // and nobody waits for them here
       if (!settled && Date.now() < deadline) {
         await delay(AGAIN_MS);
         continue;
       }
       if (!settled)
         emit('error', new Error(`the sentinels have not settled on a master; taking ${ranked[0]!.master}`));
-      if (ranked[0]) this.#epoch = ranked[0].epoch;
+      this.#epoch = ranked[0]!.epoch;
       const trusted = ranked.map((view) => view.sentinel);
       this.sentinelIterator = new SentinelIterator([
         ...trusted,

@@ -18,6 +18,8 @@ export interface SentinelSet {
   /** How many bytes the replica is behind, or null when it is not connected. */
   lag(): Promise<number | null>;
   waitForReplica(): Promise<void>;
+  /** Freezes the sentinels, or wakes them. */
+  signalSentinels(signal: 'SIGSTOP' | 'SIGCONT'): void;
   stop(): Promise<void>;
 }
 
@@ -123,6 +125,9 @@ export async function startSentinelSet({
             read('flags') === 'master'
           );
         });
+    },
+    signalSentinels(signal) {
+      for (const { child } of children) child.kill(signal);
     },
     async stop() {
       for (const ask of asks) ask.disconnect();

@@ -1,5 +1,6 @@
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
+import { setTimeout as delay } from 'node:timers/promises';
 import { Redis } from 'ioredis';
 import { createClient } from '../../shared/client.ts';
 import { createRedis } from '../../shared/redis.ts';
@@ -25,6 +26,38 @@ test('Sentinel, by the URL alone: the master dies while answers stream', { timeo
   await eventually('failover', async () => (await sentinels.master()) !== before);
   t.diagnostic(`the sentinels named the replica after ${Date.now() - started} ms`);
   for (const answer of answers) assert.equal((await answer.done).text.split(' ').length, 250);
+});
+
+test('while no sentinel answers, commands fail in time instead of waiting for one', {
+  timeout: 90_000,
+}, async (t) => {
+  const sentinels = await startSentinelSet();
+  t.after(() => sentinels.stop());
+  const redis = createRedis({ url: sentinels.url, name: 'test', hot: true });
+  t.after(() => redis.close());
+  await redis.connected();
+  assert.equal(await sentinels.master(), 0);
+  sentinels.signalSentinels('SIGSTOP');
+  const direct = new Redis(sentinels.servers[0].port);
+  t.after(() => direct.disconnect());
+  await direct.call('client', 'kill', 'type', 'normal', 'skipme', 'yes');
+  await eventually('the loss', async () => !redis.isReady());
+  const commands = [redis.client.get('k'), redis.send(['ping']), redis.script('settle_chat', ['k'], ['x'])];
+  const told = Promise.all(commands.map((command) => assert.rejects(command)));
+  assert.equal(
+    await Promise.race([told.then(() => 'told'), delay(10_000, 'still waiting', { ref: false })]),
+    'told',
+  );
+  sentinels.signalSentinels('SIGCONT');
+  await eventually(
+    'a connection',
+    () =>
+      redis.send(['ping']).then(
+        () => true,
+        () => false,
+      ),
+    30_000,
+  );
 });
 
 test('a sentinel that has not heard of the failover is not believed', { timeout: 90_000 }, async (t) => {
