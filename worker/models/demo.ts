@@ -9,9 +9,9 @@ import { cancelWait, type Slot, type Waiter, waitUntil } from './pace.ts';
  * The demo model: needs no key and no network, answers from the conversation it is given, and says what it is.
  * The same conversation always gets the same answer.
  *
- * With any of `tokens`, `intervalMs`, `firstTokenMs`, `failAttempts`, `seed` in `parameters` it becomes the load
- * and failure model of PROTOCOL.md: exactly `tokens` words, each yielded alone, every one but the first with a
- * space before it (so the text is N words with N-1 spaces). Word k depends on contents, seed and k only: an
+ * With any of `tokens`, `intervalMs`, `firstTokenMs`, `failAttempts`, `seed` in `parameters` it becomes a load and
+ * failure model (README.md, "Your model"): exactly `tokens` words, each yielded alone, every one but the first with
+ * a space before it (so the text is N words with N-1 spaces). Word k depends on contents, seed and k only: an
  * attempt repeats the one before, and a longer answer begins like a shorter one.
  */
 export const demoHandler: Handler = (request, context) => {
