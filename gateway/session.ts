@@ -37,6 +37,10 @@ import type { AddressLimit, FrameRates, Rated } from './rate-limits.ts';
 const LINE_FRAMES = 64; // frames of one client that may wait for Redis
 const STRIKES = 20; // frames that make no sense, in a row, until we hang up
 const REFUSALS = 1_000; // frames above the rate, in a row, until we hang up
+const AWAY = 'The message store does not answer.';
+/** A command whose answer is lost may have been carried out, or be carried out yet. */
+const UNKNOWN_OUTCOME =
+  'It is not known whether this was kept; sent again with the same messageId it counts once.';
 
 export interface ClientConnection {
   send(text: string, soon?: boolean): void;
@@ -313,11 +317,9 @@ export class Session implements Rated, Follower, MailboxOwner {
     else if (isAway) log.warn({ ...facts, err: describeError(error) }, 'frame failed: redis is away');
     else log.error({ ...facts, err: error }, 'frame failed');
     const code: ErrorCode = error instanceof RivuletError ? error.code : 'internal';
-    let { message } = error instanceof RivuletError ? error : ERRORS.internal;
-    // A command whose answer is lost may have been carried out, or be carried out yet.
-    if (isAway)
-      message =
-        'The message store does not answer, so it is not known whether this was kept. Sent again with the same messageId it counts once.';
+    const keeps = frame.type === 'chat' || frame.type === 'send';
+    const away = keeps ? `${AWAY} ${UNKNOWN_OUTCOME}` : AWAY;
+    const { message } = isAway ? { message: away } : error instanceof RivuletError ? error : ERRORS.internal;
     if ('messageId' in frame) this.reject(frame.messageId, code, message);
     else this.sendError(code, message);
   }
