@@ -281,6 +281,7 @@ export async function startGateway(config: GatewayConfig, log: Logger): Promise<
       aiDesk,
       door: aiDoor,
       authenticate,
+      needsToken: config.AUTH === 'jwt',
       rates,
       addressLimit,
       addressOf: (call) => clientAddress(call.address, call.headers.get('x-forwarded-for') ?? ''),

@@ -35,7 +35,7 @@ import type { AddressLimit, FrameRates, Rated } from './rate-limits.ts';
  */
 
 const LINE_FRAMES = 64; // frames of one client that may wait for Redis
-const STRIKES = 20; // frames that make no sense, in a row, until we hang up
+export const STRIKES = 20; // frames that make no sense, in a row, until we hang up
 const REFUSALS = 1_000; // frames above the rate, in a row, until we hang up
 const AWAY = 'The message store does not answer.';
 /** A command whose answer is lost may have been carried out, or be carried out yet. */

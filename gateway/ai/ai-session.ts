@@ -4,7 +4,7 @@ import { CLOSE, parseUserId } from '../../shared/protocol.ts';
 import { type Authenticate, readBearer, whenExpired } from '../authenticate.ts';
 import type { GatewayMetrics } from '../metrics.ts';
 import type { AddressLimit, FrameRates, Rated } from '../rate-limits.ts';
-import { type ClientConnection, closeCodeFor } from '../session.ts';
+import { type ClientConnection, closeCodeFor, STRIKES } from '../session.ts';
 import type { AiDesk, AiStream, Sink } from './ai-desk.ts';
 import type { AiDoor, AiGuest } from './ai-door.ts';
 import { type AiFrameOf, conversationOf, parseAiFrame, readQuestion } from './questions.ts';
@@ -67,6 +67,7 @@ export class AiSession implements Rated, AiGuest {
   private readonly unconfirmed = new Map<string, AiStream>();
   private pings = 0;
   private refusals = 0;
+  private strikes = 0;
   private line: AiFrameOf<'send' | 'resume' | 'abort'>[] = [];
   private working = false;
   private isClosed = false;
@@ -104,12 +105,18 @@ export class AiSession implements Rated, AiGuest {
     }
     this.refusals = 0;
     if ('frame' in parsed) {
+      this.strikes = 0;
       this.enqueue(parsed.frame);
       return;
     }
     this.parts.metrics.protocolErrors.inc();
-    if (parsed.requestId !== undefined) this.fail(parsed.requestId, 'invalid_frame', parsed.reason);
-    else this.connection.close(CLOSE.protocolViolation, parsed.reason);
+    if (parsed.requestId === undefined) {
+      this.connection.close(CLOSE.protocolViolation, parsed.reason);
+      return;
+    }
+    this.fail(parsed.requestId, 'invalid_frame', parsed.reason);
+    if (++this.strikes >= STRIKES)
+      this.connection.close(CLOSE.protocolViolation, `${STRIKES} frames in a row made no sense`);
   }
 
   onDrain(): void {

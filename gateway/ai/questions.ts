@@ -16,13 +16,41 @@ import {
  */
 
 const MOST_HISTORY = 1_000; // of our own protocol; older messages are left out
+const MOST_PARTS = 1_000; // of a message; an answer of ours has a few
 const chatIdSchema = z.string('id must be a string').min(1, 'id must not be empty').max(512);
 const requestIdSchema = z.string('requestId must be a string').min(1).max(256);
+
+/**
+ * The last `most` items of a list, looked at one by one up to the first wrong one: a client that nobody knows yet could
+ * have zod describe a hundred thousand of them.
+ */
+const eachOf =
+  <T>(item: z.ZodType<T>, most: number) =>
+  (all: unknown[], context: z.RefinementCtx): T[] => {
+    const list: T[] = [];
+    for (let index = Math.max(0, all.length - most); index < all.length; index++) {
+      const parsed = item.safeParse(all[index]);
+      if (!parsed.success) {
+        const { path, message } = parsed.error.issues[0]!;
+        context.addIssue({ code: 'custom', path: [index, ...path], message });
+        return z.NEVER;
+      }
+      list.push(parsed.data);
+    }
+    return list;
+  };
+
+const partSchema = z.object({ type: z.string(), text: z.unknown().optional() });
 
 const uiMessageSchema = z.object({
   id: z.string().max(512),
   role: z.enum(['system', 'user', 'assistant']),
-  parts: z.array(z.looseObject({ type: z.string() })).max(10_000),
+  parts: z
+    .custom<unknown[]>(
+      (value) => Array.isArray(value) && value.length <= MOST_PARTS,
+      `must be a list of at most ${MOST_PARTS} parts`,
+    )
+    .transform(eachOf(partSchema, MOST_PARTS)),
 });
 
 const extrasSchema = z.object({
@@ -31,11 +59,15 @@ const extrasSchema = z.object({
   userId: z.unknown().optional(),
 });
 
+const headersSchema = z.object({ authorization: z.string().optional() });
+
 const askShape = {
   id: chatIdSchema,
   trigger: z.enum(['submit-message', 'regenerate-message']).default('submit-message'),
   messageId: z.string().max(512).nullish(),
-  messages: z.array(uiMessageSchema).min(1).max(100_000),
+  messages: z
+    .custom<unknown[]>((value) => Array.isArray(value) && value.length > 0, 'must be a list of messages')
+    .transform(eachOf(uiMessageSchema, MOST_HISTORY + 1)),
 };
 
 const frameSchema = z.discriminatedUnion('type', [
@@ -43,7 +75,7 @@ const frameSchema = z.discriminatedUnion('type', [
     type: z.literal('send'),
     requestId: requestIdSchema,
     ...askShape,
-    headers: z.record(z.string(), z.string()).optional(),
+    headers: headersSchema.optional(),
     body: extrasSchema.optional(),
   }),
   z.object({
@@ -51,7 +83,7 @@ const frameSchema = z.discriminatedUnion('type', [
     requestId: requestIdSchema,
     id: chatIdSchema,
     lastSequence: z.int().nullish(),
-    headers: z.record(z.string(), z.string()).optional(),
+    headers: headersSchema.optional(),
     body: extrasSchema.optional(),
   }),
   z.object({ type: z.literal('abort'), requestId: requestIdSchema }),
@@ -115,7 +147,7 @@ export function readQuestion(
   const contents = textOf(last);
   if (contents === '') return { code: 'invalid_frame', message: 'the last message holds no text' };
   const history: HistoryMessage[] = [];
-  for (const message of messages.slice(0, -1).slice(-MOST_HISTORY)) {
+  for (const message of messages.slice(0, -1)) {
     const content = textOf(message);
     if (content !== '') history.push({ role: message.role, content });
   }

@@ -48,6 +48,8 @@ export interface AiChatParts {
   aiDesk: AiDesk;
   door: AiDoor;
   authenticate: Authenticate;
+  /** AUTH=jwt: who asks is known without the body. */
+  needsToken: boolean;
   rates: FrameRates;
   addressLimit: AddressLimit;
   addressOf(call: HttpCall): string;
@@ -168,10 +170,15 @@ export function createAiChat(parts: AiChatParts): AiChat {
     };
   }
 
+  /** A body is not read for who has no good token. */
   async function ask(call: HttpCall): Promise<HttpAnswer> {
+    const bearer = parts.needsToken ? await identify(call, undefined) : null;
     const parsed = parseAiPost(call.body.toString());
     if ('reason' in parsed) throw new RivuletError('invalid_frame', parsed.reason);
-    const identity = await identify(call, parsed.post.userId);
+    const { userId } = parsed.post;
+    const identity = bearer ?? (await identify(call, userId));
+    if ((readClaim(userId) ?? identity.userId) !== identity.userId)
+      throw new RivuletError('forbidden', 'the token belongs to another user');
     const read = readQuestion(parsed.post, parts.maxFrameBytes);
     if ('code' in read) throw new RivuletError(read.code, read.message);
     return stream(call, identity, (sink) =>

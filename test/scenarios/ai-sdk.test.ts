@@ -470,6 +470,23 @@ test('with tokens: in the URL, in the headers of a frame, in the HTTP header', a
       readAll(await send(transport, 'bad', [user('u1', 'x')], parameters(3, 0))),
     );
 
+  // Who has no good token does not get a body read.
+  for (const [more, status] of [
+    [{}, 401],
+    [{ authorization: `${authorization}x` }, 401],
+    [{ authorization }, 400],
+  ] as const) {
+    const answer = await fetch(api, { method: 'POST', body: 'no JSON', headers: more as HeadersInit });
+    assert.equal(answer.status, status);
+  }
+  const theirs = { id: 'x', messages: [user('u1', 'x')], userId: '21031' };
+  const refused = await fetch(api, {
+    method: 'POST',
+    body: JSON.stringify(theirs),
+    headers: { authorization },
+  });
+  assert.equal(refused.status, 403);
+
   // The stream ends with the token.
   const short = await sign('21032', '2s');
   for (const transport of [

@@ -3,18 +3,20 @@ import { test } from 'node:test';
 import { setImmediate as turn } from 'node:timers/promises';
 import type { AiStream, Sink } from '../../gateway/ai/ai-desk.ts';
 import { AiSession, type AiSessionParts } from '../../gateway/ai/ai-session.ts';
-import type { Question } from '../../gateway/ai/questions.ts';
+import { parseAiFrame, parseAiPost, type Question } from '../../gateway/ai/questions.ts';
+import type { GatewayMetrics } from '../../gateway/metrics.ts';
 import { createLogger } from '../../shared/logger.ts';
 
 /** A session of the AI SDK whose every question is answered at once. */
 function openSession() {
   const pings: string[] = [];
   const settled: string[] = [];
+  const closes: number[] = [];
   const connection = {
     open: true,
     slow: false,
     send() {},
-    close: (_: number, reason: string) => assert.fail(reason),
+    close: (code: number) => closes.push(code),
     ping: (payload: string) => pings.push(payload),
   };
   const parts = {
@@ -29,6 +31,7 @@ function openSession() {
     },
     door: { enter() {}, leave() {} },
     authenticate: async (userId: string) => ({ userId, expiresMs: null }),
+    metrics: { protocolErrors: { inc() {} } } as GatewayMetrics,
     rates: { take: () => 0 },
     addressLimit: { leave() {} },
     maxFrameBytes: 10_000,
@@ -41,7 +44,7 @@ function openSession() {
     await turn();
     await turn();
   };
-  return { session, ask, pings, settled };
+  return { session, ask, pings, settled, closes };
 }
 
 test('an end counts as arrived when the ping behind it is answered', async () => {
@@ -56,10 +59,57 @@ test('an end counts as arrived when the ping behind it is answered', async () =>
 });
 
 test('a client that answers no pings is remembered for its last answers only', async () => {
-  const { session, ask, pings, settled } = openSession();
+  const { session, ask, pings, settled, closes } = openSession();
   for (let index = 1; index <= 100; index++) await ask(`chat-${index}`);
   assert.equal(pings.length, 100);
   for (const payload of pings) session.onPong(payload);
   assert.equal(settled.length, 64);
   assert.equal(settled.at(-1), 'chat-100');
+  assert.deepEqual(closes, []);
+});
+
+test('frames that make no sense, 20 in a row, close it', async () => {
+  const { session, ask, closes } = openSession();
+  const nonsense = (count: number) => {
+    for (let index = 0; index < count; index++) session.onText('{"type":"send","requestId":"r","id":"x"}');
+  };
+  nonsense(19);
+  await ask('a');
+  nonsense(19);
+  assert.deepEqual(closes, []);
+  nonsense(1);
+  assert.deepEqual(closes, [4503]);
+});
+
+const message = (more: object = {}) => ({
+  id: 'u',
+  role: 'user',
+  parts: [{ type: 'text', text: 'x' }],
+  ...more,
+});
+const reasonOf = (messages: unknown) => {
+  const parsed = parseAiPost(JSON.stringify({ id: 'x', messages }));
+  return 'reason' in parsed ? parsed.reason : 'none';
+};
+
+test('messages are looked at one by one, up to the first wrong one', () => {
+  const wrong = Array.from({ length: 99_999 }, () => ({}));
+  assert.match(reasonOf(wrong), /^messages\.98998\.id: [^;]*$/);
+  assert.match(reasonOf([message(), message({ role: 'x' }), {}]), /^messages\.1\.role: [^;]*$/);
+  assert.match(
+    reasonOf([message({ parts: [{ type: 'text' }, {}, {}] })]),
+    /^messages\.0\.parts\.1\.type: [^;]*$/,
+  );
+  assert.match(reasonOf([message({ parts: wrong })]), /^messages\.0\.parts: [^;]*1000[^;]*$/);
+  for (const none of [undefined, null, {}, [], 'x']) assert.match(reasonOf(none), /^messages[^;]*$/);
+  const headers = Object.fromEntries(wrong.map((_, index) => [index, index]));
+  const frame = { type: 'resume', requestId: 'r', id: 'x', headers };
+  assert.deepEqual(parseAiFrame(JSON.stringify(frame)), { frame: { ...frame, headers: {} } });
+});
+
+test('of a long chat the last thousand messages before the question are read, older ones are not looked at', () => {
+  const messages = [{}, ...Array.from({ length: 1_000 }, () => message({ role: 'assistant' })), message()];
+  const parsed = parseAiPost(JSON.stringify({ id: 'x', messages }));
+  assert.ok('post' in parsed);
+  assert.equal(parsed.post.messages.length, 1_001);
 });
