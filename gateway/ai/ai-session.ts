@@ -1,6 +1,7 @@
 import type { Logger } from 'pino';
 import { ERRORS, type ErrorCode, RivuletError } from '../../shared/errors.ts';
 import { CLOSE, parseUserId } from '../../shared/protocol.ts';
+import { describeError, isConnectionError } from '../../shared/redis.ts';
 import { type Authenticate, readBearer, whenExpired } from '../authenticate.ts';
 import type { GatewayMetrics } from '../metrics.ts';
 import type { AddressLimit, FrameRates, Rated } from '../rate-limits.ts';
@@ -168,7 +169,11 @@ export class AiSession implements Rated, AiGuest {
           if (error.code === 'banned' || error.code === 'locked')
             this.connection.close(CLOSE.banned, error.message);
         } else {
-          this.parts.log.error({ err: error, user: this.userId, frame: frame.type }, 'frame failed');
+          const { log } = this.parts;
+          const facts = { user: this.userId, frame: frame.type };
+          if (isConnectionError(error))
+            log.warn({ ...facts, err: describeError(error) }, 'frame failed: redis is away');
+          else log.error({ ...facts, err: error }, 'frame failed');
           this.fail(frame.requestId, 'internal');
         }
       }

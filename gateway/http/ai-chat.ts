@@ -1,5 +1,6 @@
 import type { Logger } from 'pino';
 import { ERRORS, type ErrorCode, RivuletError } from '../../shared/errors.ts';
+import { describeError, isConnectionError } from '../../shared/redis.ts';
 import type { AiDesk, AiStream, Sink } from '../ai/ai-desk.ts';
 import type { AiDoor, AiGuest } from '../ai/ai-door.ts';
 import { readClaim } from '../ai/ai-session.ts';
@@ -28,6 +29,9 @@ const STREAM_HEADERS = {
   'x-content-type-options': 'nosniff',
   'x-vercel-ai-ui-message-stream': 'v1',
 };
+
+const STORE_AWAY = 'The message store does not answer; try again.';
+const STORE_AWAY_MS = 2_000; // most failovers take a few of these; we have tried for seconds ourselves
 
 const STATUS: Partial<Record<ErrorCode, number>> = {
   invalid_frame: 400,
@@ -243,8 +247,11 @@ export function createAiChat(parts: AiChatParts): AiChat {
       try {
         answer = await route(call, decode(match[1]), match[2]);
       } catch (error) {
-        if (!(error instanceof RivuletError)) throw error;
-        answer = refusal(error);
+        if (error instanceof RivuletError) answer = refusal(error);
+        else if (isConnectionError(error)) {
+          log.warn({ err: describeError(error), call: match[2] ?? 'ask' }, 'call failed: redis is away');
+          answer = refusal(new RivuletError('internal', STORE_AWAY, { retryAfterMs: STORE_AWAY_MS }));
+        } else throw error;
       }
       if (origin === '') return answer;
       return {

@@ -5,23 +5,25 @@ import type { AiStream, Sink } from '../../gateway/ai/ai-desk.ts';
 import { AiSession, type AiSessionParts } from '../../gateway/ai/ai-session.ts';
 import { parseAiFrame, parseAiPost, type Question } from '../../gateway/ai/questions.ts';
 import type { GatewayMetrics } from '../../gateway/metrics.ts';
-import { createLogger } from '../../shared/logger.ts';
 
-/** A session of the AI SDK whose every question is answered at once. */
-function openSession() {
+/** A session of the AI SDK whose every question is answered at once, or comes to an error. */
+function openSession(error?: Error) {
   const pings: string[] = [];
   const settled: string[] = [];
   const closes: number[] = [];
+  const sent: { type: string }[] = [];
+  const logged: [level: string, facts: { err: unknown }][] = [];
   const connection = {
     open: true,
     slow: false,
-    send() {},
+    send: (text: string) => sent.push(JSON.parse(text)),
     close: (code: number) => closes.push(code),
     ping: (payload: string) => pings.push(payload),
   };
   const parts = {
     aiDesk: {
       async ask(user: string, { messageId, conversationId }: Question, sink: Sink) {
+        if (error) throw error;
         sink.end();
         return { user, chat: conversationId, messageId } as AiStream;
       },
@@ -35,7 +37,10 @@ function openSession() {
     rates: { take: () => 0 },
     addressLimit: { leave() {} },
     maxFrameBytes: 10_000,
-    log: createLogger('silent', {}),
+    log: {
+      warn: (facts: { err: unknown }) => logged.push(['warn', facts]),
+      error: (facts: { err: unknown }) => logged.push(['error', facts]),
+    },
   } as unknown as AiSessionParts;
   const session = new AiSession(connection, { userId: '20001', token: '', address: '' }, parts);
   const ask = async (chat: string) => {
@@ -44,7 +49,7 @@ function openSession() {
     await turn();
     await turn();
   };
-  return { session, ask, pings, settled, closes };
+  return { session, ask, pings, settled, closes, sent, logged };
 }
 
 test('an end counts as arrived when the ping behind it is answered', async () => {
@@ -79,6 +84,20 @@ test('frames that make no sense, 20 in a row, close it', async () => {
   assert.deepEqual(closes, []);
   nonsense(1);
   assert.deepEqual(closes, [4503]);
+});
+
+test('while Redis is away a frame fails with a warning, without a stack', async () => {
+  const away = openSession(Object.assign(new Error('x'), { name: 'MaxRetriesPerRequestError' }));
+  await away.ask('a');
+  assert.deepEqual(
+    away.sent.map(({ type }) => type),
+    ['error'],
+  );
+  const [[level, { err }]] = away.logged as [(typeof away.logged)[0]];
+  assert.deepEqual([level, err], ['warn', 'Redis does not answer']);
+  const ours = openSession(new TypeError('a mistake of ours'));
+  await ours.ask('a');
+  assert.equal(ours.logged[0]![0], 'error');
 });
 
 const message = (more: object = {}) => ({

@@ -1,0 +1,59 @@
+import assert from 'node:assert/strict';
+import { test } from 'node:test';
+import { type AiChatParts, createAiChat } from '../../gateway/http/ai-chat.ts';
+import type { HttpCall } from '../../gateway/socket-server.ts';
+
+/** The HTTP of the AI SDK alone. */
+
+/** Calls that all come to this error. */
+function openChat(error: Error) {
+  const warnings: object[] = [];
+  const fail = async () => {
+    throw error;
+  };
+  const aiChat = createAiChat({
+    aiDesk: { ask: fail, resume: fail, stop: fail },
+    door: { enter() {}, leave() {} },
+    authenticate: async (userId: string) => ({ userId, expiresMs: null }),
+    rates: { takeUser: () => 0 },
+    addressLimit: { enter: () => true, leave() {} },
+    addressOf: () => '',
+    allowsOrigin: () => true,
+    maxFrameBytes: 262_144,
+    log: { warn: (facts: object) => warnings.push(facts) },
+  } as unknown as AiChatParts);
+  const call = (method: string, path: string, body: object | string = '') =>
+    aiChat({
+      method,
+      path,
+      query: new URLSearchParams('userId=20001'),
+      headers: new Map([['origin', 'https://page.example']]),
+      body: Buffer.from(typeof body === 'string' ? body : JSON.stringify(body)),
+      address: '',
+    } satisfies HttpCall)!;
+  return { call, warnings };
+}
+
+const question = { id: 'x', messages: [{ id: 'u1', role: 'user', parts: [{ type: 'text', text: 'x' }] }] };
+
+test('while Redis is away the answer is 503, in the words and with the headers of every refusal', async () => {
+  const error = Object.assign(new Error('x'), { name: 'MaxRetriesPerRequestError' });
+  const { call, warnings } = openChat(error);
+  for (const answer of [
+    await call('POST', '/api/chat', question),
+    await call('GET', '/api/chat/x/stream'),
+    await call('POST', '/api/chat/x/stop'),
+  ]) {
+    assert.equal(answer.status, 503);
+    const { error } = JSON.parse(String(answer.body));
+    assert.deepEqual([error.code, error.temporary], ['internal', true]);
+    assert.ok(Number(answer.headers!['retry-after']) > 0);
+    assert.equal(answer.headers!['access-control-allow-origin'], 'https://page.example');
+  }
+  const err = 'Redis does not answer';
+  assert.deepEqual(
+    warnings,
+    ['ask', 'stream', 'stop'].map((what) => ({ err, call: what })),
+  );
+  await assert.rejects(openChat(new TypeError('a mistake of ours')).call('POST', '/api/chat', question));
+});
