@@ -184,7 +184,8 @@ export class Session implements Rated, Follower, MailboxOwner {
     this.state = 'closed';
     this.parts.addressLimit.leave(this.address);
     this.forgetExpiry?.();
-    this.line = null;
+    // Nobody waits for an answer any more, but who pressed stop before leaving has stopped: `work` sees to that.
+    this.line = this.line?.filter(({ type }) => type === 'cancel') ?? null;
     if (this.following)
       for (const subscription of [...this.following.values()]) this.parts.delivery.drop(subscription);
     this.following = null;

@@ -138,9 +138,9 @@ export class AiSession implements Rated, AiGuest {
     this.forgetExpiry?.();
     if (this.bound) this.parts.door.leave(this);
     this.parts.addressLimit.leave(this.claims.address);
-    this.line = [];
+    // Nobody reads an answer any more, but who pressed stop before leaving has stopped: `work` sees to that, by `requests`.
+    this.line = this.bound ? this.line.filter(({ type }) => type === 'abort') : [];
     for (const { stream } of this.requests.values()) if (stream) this.parts.aiDesk.leave(stream);
-    this.requests.clear();
     this.unconfirmed.clear();
     for (const abort of [...this.aborts]) abort.run(); // stop was pressed before the page went
   }
@@ -341,6 +341,7 @@ export class AiSession implements Rated, AiGuest {
       },
     };
     this.aborts.add(pending);
+    if (this.isClosed) await pending.run(); // no other resume will follow
   }
 
   private fail(requestId: string, code: ErrorCode, message: string = ERRORS[code].message): void {

@@ -10,6 +10,7 @@ import type { GatewayMetrics } from '../../gateway/metrics.ts';
 function openSession(error?: Error) {
   const pings: string[] = [];
   const settled: string[] = [];
+  const cancelled: string[] = [];
   const closes: number[] = [];
   const sent: { type: string }[] = [];
   const logged: [level: string, facts: { err: unknown }][] = [];
@@ -26,6 +27,14 @@ function openSession(error?: Error) {
         if (error) throw error;
         sink.end();
         return { user, chat: conversationId, messageId } as AiStream;
+      },
+      async resume(user: string, chat: string) {
+        return { user, chat, messageId: 'm' } as AiStream;
+      },
+      leave() {},
+      async cancel(_: string, chat: string) {
+        cancelled.push(chat);
+        return true;
       },
       async settle(_: string, chat: string) {
         settled.push(chat);
@@ -49,7 +58,7 @@ function openSession(error?: Error) {
     await turn();
     await turn();
   };
-  return { session, ask, pings, settled, closes, sent, logged };
+  return { session, ask, pings, settled, cancelled, closes, sent, logged };
 }
 
 test('an end counts as arrived when the ping behind it is answered', async () => {
@@ -84,6 +93,19 @@ test('frames that make no sense, 20 in a row, close it', async () => {
   assert.deepEqual(closes, []);
   nonsense(1);
   assert.deepEqual(closes, [4503]);
+});
+
+test('a stop that waits in line is carried out when the client leaves; what else waits is not', async () => {
+  const { session, ask, cancelled, sent } = openSession();
+  await ask('first'); // bound
+  session.onText('{"type":"resume","requestId":"r1","id":"a"}');
+  session.onText('{"type":"resume","requestId":"r2","id":"b"}');
+  session.onText('{"type":"abort","requestId":"r1"}');
+  session.onText('{"type":"abort","requestId":"r2"}');
+  session.onClose();
+  await turn();
+  assert.deepEqual(cancelled, ['a']);
+  assert.equal(sent.filter(({ type }) => type === 'error').length, 0);
 });
 
 test('while Redis is away a frame fails with a warning, without a stack', async () => {
