@@ -227,6 +227,7 @@ class ResponseStream implements HttpStream {
     this.scheduled = false;
     const { response, outbox } = this;
     if (!response) return;
+    const wasSlow = this.slow;
     this.outbox = '';
     response.cork(() => {
       if (outbox !== '' && !response.write(outbox)) {
@@ -240,6 +241,7 @@ class ResponseStream implements HttpStream {
       if (this.ending) response.end();
     });
     if (this.ending) this.gone();
+    else if (wasSlow && !this.slow) this.peer?.onDrain(); // all of it has left at once: uWS tells of no drain then
   }
 
   /** The client has left. */
