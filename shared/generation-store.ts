@@ -660,7 +660,8 @@ function carrierOf({ node, entry }: { node: string; entry: string }): string {
   return `${node} ${entry}`;
 }
 
-function encodePayload(payload: ChatPayload): string {
+/** @throws RivuletError invalid_frame when it is nested too deeply */
+export function encodePayload(payload: ChatPayload): string {
   try {
     return JSON.stringify(payload);
   } catch (error) {

@@ -1,6 +1,7 @@
 import { createHash, randomUUID } from 'node:crypto';
 import { z } from 'zod';
-import type { ErrorCode } from '../../shared/errors.ts';
+import { type ErrorCode, RivuletError } from '../../shared/errors.ts';
+import { encodePayload } from '../../shared/generation-store.ts';
 import {
   type ClientFrameOf,
   clientFrameSchema,
@@ -162,13 +163,20 @@ export function readQuestion(
     parameters: ask.parameters,
   });
   if (!parsed.success) return { code: 'invalid_frame', message: describeIssues(parsed.error) };
-  const bytes = Buffer.byteLength(JSON.stringify(parsed.data));
+  const question = parsed.data as Question;
+  let bytes: number;
+  try {
+    bytes = Buffer.byteLength(encodePayload(question));
+  } catch (error) {
+    if (!(error instanceof RivuletError)) throw error;
+    return { code: error.code, message: error.message };
+  }
   if (bytes > mostBytes)
     return {
       code: 'payload_too_large',
       message: `The question and its history have ${bytes} bytes; ${mostBytes} are allowed.`,
     };
-  return { question: parsed.data as Question };
+  return { question };
 }
 
 /** The text of a message; what an attempt that was started over had written is void. */

@@ -57,3 +57,12 @@ test('while Redis is away the answer is 503, in the words and with the headers o
   );
   await assert.rejects(openChat(new TypeError('a mistake of ours')).call('POST', '/api/chat', question));
 });
+
+test('parameters that are nested too deeply are refused', async () => {
+  const { call } = openChat(new Error('not reached'));
+  const deep = `${'['.repeat(100_000)}${']'.repeat(100_000)}`;
+  const body = `${JSON.stringify(question).slice(0, -1)},"parameters":{"deep":${deep}}}`;
+  const answer = await call('POST', '/api/chat', body);
+  assert.equal(answer.status, 400);
+  assert.match(String(answer.body), /invalid_frame.*nested too deeply/);
+});
