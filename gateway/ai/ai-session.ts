@@ -229,7 +229,7 @@ export class AiSession implements Rated, AiGuest {
   }
 
   private async resume(frame: AiFrameOf<'resume'>): Promise<void> {
-    if (typeof frame.lastSequence === 'number')
+    if (frame.lastSequence !== undefined)
       throw new RivuletError(
         'invalid_frame',
         'lastSequence is not supported: a resume replays from the start',

@@ -21,6 +21,13 @@ const MOST_PARTS = 1_000; // of a message; an answer of ours has a few
 const chatIdSchema = z.string('id must be a string').min(1, 'id must not be empty').max(512);
 const requestIdSchema = z.string('requestId must be a string').min(1).max(256);
 
+/** What need not be there, or is null: many a JSON library writes that for what is absent. */
+const optional = <T extends z.ZodType>(schema: T) =>
+  schema
+    .nullable()
+    .transform((value) => value ?? undefined)
+    .optional();
+
 /**
  * The last `most` items of a list, looked at one by one up to the first wrong one: a client that nobody knows yet could
  * have zod describe a hundred thousand of them.
@@ -55,17 +62,17 @@ const uiMessageSchema = z.object({
 });
 
 const extrasSchema = z.object({
-  model: z.string().min(1).max(128).optional(),
-  parameters: z.record(z.string(), z.unknown()).optional(),
+  model: optional(z.string().min(1).max(128)),
+  parameters: optional(z.record(z.string(), z.unknown())),
   userId: z.unknown().optional(),
 });
 
-const headersSchema = z.object({ authorization: z.string().optional() });
+const headersSchema = z.object({ authorization: optional(z.string()) });
 
 const askShape = {
   id: chatIdSchema,
-  trigger: z.enum(['submit-message', 'regenerate-message']).default('submit-message'),
-  messageId: z.string().max(512).nullish(),
+  trigger: optional(z.enum(['submit-message', 'regenerate-message'])),
+  messageId: optional(z.string().max(512)),
   messages: z
     .custom<unknown[]>((value) => Array.isArray(value) && value.length > 0, 'must be a list of messages')
     .transform(eachOf(uiMessageSchema, MOST_HISTORY + 1)),
@@ -76,16 +83,16 @@ const frameSchema = z.discriminatedUnion('type', [
     type: z.literal('send'),
     requestId: requestIdSchema,
     ...askShape,
-    headers: headersSchema.optional(),
-    body: extrasSchema.optional(),
+    headers: optional(headersSchema),
+    body: optional(extrasSchema),
   }),
   z.object({
     type: z.literal('resume'),
     requestId: requestIdSchema,
     id: chatIdSchema,
-    lastSequence: z.int().nullish(),
-    headers: headersSchema.optional(),
-    body: extrasSchema.optional(),
+    lastSequence: optional(z.int()),
+    headers: optional(headersSchema),
+    body: optional(extrasSchema),
   }),
   z.object({ type: z.literal('abort'), requestId: requestIdSchema }),
 ]);

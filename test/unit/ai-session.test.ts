@@ -3,7 +3,13 @@ import { test } from 'node:test';
 import { setImmediate as turn } from 'node:timers/promises';
 import type { AiStream, Sink } from '../../gateway/ai/ai-desk.ts';
 import { AiSession, type AiSessionParts } from '../../gateway/ai/ai-session.ts';
-import { parseAiFrame, parseAiPost, type Question } from '../../gateway/ai/questions.ts';
+import {
+  type AiPost,
+  parseAiFrame,
+  parseAiPost,
+  type Question,
+  readQuestion,
+} from '../../gateway/ai/questions.ts';
 import type { GatewayMetrics } from '../../gateway/metrics.ts';
 
 /** A session of the AI SDK whose every question is answered at once, or comes to an error. */
@@ -153,4 +159,21 @@ test('of a long chat the last thousand messages before the question are read, ol
   const parsed = parseAiPost(JSON.stringify({ id: 'x', messages }));
   assert.ok('post' in parsed);
   assert.equal(parsed.post.messages.length, 1_001);
+});
+
+test('null is what is absent', () => {
+  const ask = { id: 'x', messages: [message()] };
+  const none = { trigger: null, messageId: null };
+  const extras = { model: null, parameters: null, userId: null };
+  const { post } = parseAiPost(JSON.stringify({ ...ask, ...none, ...extras })) as { post: AiPost };
+  const read = readQuestion(post, 10_000);
+  assert.deepEqual(read, readQuestion((parseAiPost(JSON.stringify(ask)) as { post: AiPost }).post, 10_000));
+  assert.ok('question' in read);
+  const head = { requestId: 'r', id: 'x', headers: null, body: null };
+  for (const frame of [
+    { type: 'send', ...head, ...none, messages: [message()] },
+    { type: 'send', ...head, body: extras, headers: { authorization: null }, messages: [message()] },
+    { type: 'resume', ...head, lastSequence: null },
+  ])
+    assert.ok('frame' in parseAiFrame(JSON.stringify(frame)), JSON.stringify(frame));
 });
