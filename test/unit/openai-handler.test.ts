@@ -265,6 +265,21 @@ test('a refusal of stream_options that stays a refusal is final', async (t) => {
   assert.equal(server.requests, 2);
 });
 
+test('a user who names a model include_usage does not switch off usage', async (t) => {
+  const { server, ask } = await setUp(t);
+  const refusal = { error: 'Invalid model name passed in model=include_usage' };
+  const { first, call } = await ask({ model: 'include_usage' });
+  call.respond(400, refusal);
+  (await server.next()).respond(400, refusal);
+  await assert.rejects(first, { code: 'model_error', temporary: false });
+  const next = await ask();
+  assert.deepEqual(next.call.body.stream_options, { include_usage: true });
+  next.call.token('x');
+  next.call.finish();
+  await next.first;
+  await next.answer.rest();
+});
+
 test('connection refused is temporary', async (t) => {
   const { server, handler } = await setUp(t);
   await server.stop();

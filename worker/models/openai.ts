@@ -64,29 +64,31 @@ export function createOpenAiHandler(options: OpenAiOptions): Handler {
     const body = { ...(model ? { model } : {}), messages, stream: true, ...chosenParameters(request) };
 
     const call = openCall(context.signal, options.timeouts);
-    const post = () =>
+    const post = (withUsage: boolean) =>
       call.waitFor(() =>
         send(url, {
           method: 'POST',
           headers: context.trace ? { ...headers, traceparent: context.trace } : headers,
-          body: JSON.stringify(asksForUsage ? { ...body, stream_options: { include_usage: true } } : body),
+          body: JSON.stringify(withUsage ? { ...body, stream_options: { include_usage: true } } : body),
           signal: call.signal,
           // A redirect would turn the POST into a GET; the operator should name the right address.
           redirect: 'manual',
         }),
       );
     try {
-      let response = await post();
-      if (asksForUsage && (response.status === 400 || response.status === 422)) {
+      const withUsage = asksForUsage;
+      let response = await post(withUsage);
+      if (withUsage && (response.status === 400 || response.status === 422)) {
         const refusal = await readBody(response, LONGEST_ERROR_BODY, call);
         if (!/stream_options|include_usage/.test(refusal))
           throw errorFromStatus(response.status, response.headers, refusal, options.apiKey);
-        context.log.info(
-          { status: response.status },
-          'the model server refuses stream_options; usage is off',
-        );
-        asksForUsage = false;
-        response = await post();
+        const { status } = response;
+        response = await post(false);
+        // A refusal may quote the user, who may have named a model `include_usage`: only the call without it tells.
+        if (response.ok && asksForUsage) {
+          context.log.info({ status }, 'the model server refuses stream_options; usage is off');
+          asksForUsage = false;
+        }
       }
       if (!response.ok) {
         // A refusal counts even when its text cannot be read.
