@@ -395,15 +395,23 @@ test('an empty answer is temporary, except when a content filter took it', async
 });
 
 test('reasoning and tool calls are no text but signs of life', async (t) => {
-  const { ask } = await setUp(t, {
-    timeouts: { firstTokenMs: 10_000, betweenTokensMs: 30 },
-  });
-  const { first, call } = await ask();
-  call.chunk({ choices: [{ delta: { reasoning_content: 'hm' } }] });
-  call.chunk({ choices: [{ delta: { tool_calls: [{ index: 0 }] } }] });
-  // The first-token limit is over with the first of them: now the limit between tokens applies.
-  await assert.rejects(first, { code: 'model_timeout', temporary: true, message: /fell silent/ });
-  assert.equal(await call.closed, 'aborted');
+  for (const delta of [
+    { reasoning_content: 'hm' },
+    { tool_calls: [{ index: 0 }] },
+    { content: [{ type: 'thinking', thinking: [{ type: 'text', text: 'hm' }] }] },
+  ]) {
+    // The first-token limit is over with the sign of life: now the limit between tokens applies.
+    const { error, pieces, call } = await failureOf(
+      t,
+      (scripted) => scripted.chunk({ choices: [{ delta }] }),
+      {
+        timeouts: { firstTokenMs: 2_000, betweenTokensMs: 30 },
+      },
+    );
+    assert.deepEqual([error.code, error.temporary, pieces], ['model_timeout', true, []]);
+    assert.match(error.message, /fell silent/);
+    assert.equal(await call.closed, 'aborted');
+  }
 });
 
 test('no first token in time: keep-alive comments and empty deltas do not count', async (t) => {

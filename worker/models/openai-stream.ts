@@ -77,7 +77,8 @@ function readData(data: string, events: CompletionEvent[]): void {
     // A refusal is what the model wants the user to read.
     const text = textOf(delta.content) || delta.refusal || '';
     if (text) events.push({ type: 'text', text });
-    else if (delta.reasoning_content || delta.reasoning || delta.tool_calls?.length)
+    // An array of content without text: the model is thinking.
+    else if (delta.reasoning_content || delta.reasoning || delta.tool_calls?.length || delta.content?.length)
       events.push({ type: 'progress' });
   }
   if (choice?.finish_reason) events.push({ type: 'finish', finishReason: choice.finish_reason });
