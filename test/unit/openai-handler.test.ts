@@ -315,6 +315,15 @@ test('a stream that ends without finish reason and [DONE] was cut', async (t) =>
   assert.match(error.message, /cut in the middle/);
 });
 
+test('a body that ends in the middle of an event was cut', async (t) => {
+  const { error } = await failureOf(t, (call) => {
+    call.raw('data: {"choices":[{"del');
+    call.end();
+  });
+  assert.equal(error.temporary, true);
+  assert.match(error.message, /cut in the middle/);
+});
+
 test('after the finish reason the answer is complete, whatever the trailer does', async (t) => {
   const { ask } = await setUp(t, {
     timeouts: { firstTokenMs: 10_000, betweenTokensMs: 30 },
@@ -392,6 +401,57 @@ test('an empty answer is temporary, except when a content filter took it', async
   const rest = answer.rest();
   (await server.next()).finish('content_filter');
   assert.deepEqual((await rest).result, { finishReason: 'content_filter', usage: undefined });
+});
+
+test('no text within max_tokens is final: it would be the same again', async (t) => {
+  const { error } = await failureOf(t, (call) => call.finish('length'));
+  assert.deepEqual([error.code, error.temporary], ['model_error', false]);
+  assert.match(error.message, /length/);
+});
+
+const WHOLE = '{"choices":[{"delta":{"content":"whole"},"finish_reason":"stop"}]}';
+for (const [name, body, type] of [
+  ['a last event without a blank line', `data: ${WHOLE}`],
+  ['[DONE] without a newline', 'data: {"choices":[{"delta":{"content":"whole"}}]}\n\ndata: [DONE]'],
+  ['an empty event', `data:\n\ndata: ${WHOLE}\n\n`],
+  [
+    'a content part without text',
+    `data: {"choices":[{"delta":{"content":[{"type":"text","text":null}]}}]}\n\ndata: ${WHOLE}\n\n`,
+  ],
+  ['tool calls of another shape', `data: {"choices":[{"delta":{"tool_calls":{}}}]}\n\ndata: ${WHOLE}\n\n`],
+  ['an empty error', `data: {"error":"","choices":[]}\n\ndata: {"error":null}\n\ndata: ${WHOLE}\n\n`],
+  ['events labelled as JSON', `: hello\n\ndata: ${WHOLE}\n\n`, 'application/json'],
+] as const)
+  test(`${name} does not fail the answer`, async (t) => {
+    const { ask } = await setUp(t);
+    const { answer, first, call } = await ask();
+    call.respond(200, body, { 'content-type': type ?? 'text/event-stream' });
+    assert.equal(await first, 'whole');
+    assert.equal((await answer.rest()).result?.finishReason, 'stop');
+  });
+
+test('events labelled as JSON are read as they come', async (t) => {
+  const { ask } = await setUp(t);
+  const { answer, first, call } = await ask();
+  call.open({ 'content-type': 'application/json' });
+  call.token('one');
+  assert.equal(await first, 'one');
+  call.finish();
+  await answer.rest();
+});
+
+test('the provider keeps its words: an event named error, a final error that ends the body', async (t) => {
+  for (const [body, temporary] of [
+    ['event: error\ndata: {"message":"overloaded"}\n\n', true],
+    ['event: error\ndata: {"error":{"message":"overloaded","code":400}}\n\n', false],
+    ['data: {"error":{"message":"overloaded","code":400}}', false],
+  ] as const) {
+    const { error } = await failureOf(t, (call) =>
+      call.respond(200, body, { 'content-type': 'text/event-stream' }),
+    );
+    assert.deepEqual([error.code, error.temporary], ['model_error', temporary], body);
+    assert.match(error.message, /overloaded/);
+  }
 });
 
 test('reasoning and tool calls are no text but signs of life', async (t) => {

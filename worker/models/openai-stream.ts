@@ -24,7 +24,10 @@ export function createCompletionReader(): (text: string) => CompletionEvent[] {
   let events: CompletionEvent[] = [];
   const parser = createParser({
     maxBufferSize: LONGEST_EVENT,
-    onEvent: (event) => readData(event.data, events),
+    onEvent: ({ event, data }) => {
+      if (event === 'error') events.push({ type: 'error', error: readError(data) });
+      else readData(data, events);
+    },
     onError: (error) => {
       if (error.type === 'max-buffer-size-exceeded')
         events.push({ type: 'malformed', reason: `an event is longer than ${LONGEST_EVENT} characters` });
@@ -41,6 +44,11 @@ export function createCompletionReader(): (text: string) => CompletionEvent[] {
   };
 }
 
+/** True for what begins like an event stream, whatever it is labelled. */
+export function isEventStream(text: string): boolean {
+  return /^\s*(data|event)?:/.test(text);
+}
+
 /** Reads a whole completion that came without streaming. */
 export function readWholeCompletion(body: string): CompletionEvent[] {
   const events: CompletionEvent[] = [];
@@ -48,7 +56,14 @@ export function readWholeCompletion(body: string): CompletionEvent[] {
   return events;
 }
 
+/** What an `event: error` says: bare, or in a field as elsewhere. */
+function readError(data: string): unknown {
+  const value = parseJson(data) as { error?: unknown } | null | undefined;
+  return value?.error || value || data;
+}
+
 function readData(data: string, events: CompletionEvent[]): void {
+  if (data.trim() === '') return;
   if (data.trim() === '[DONE]') {
     events.push({ type: 'end' });
     return;
@@ -67,7 +82,7 @@ function readData(data: string, events: CompletionEvent[]): void {
     return;
   }
   const chunk = parsed.data;
-  if (chunk.error !== undefined && chunk.error !== null) events.push({ type: 'error', error: chunk.error });
+  if (chunk.error) events.push({ type: 'error', error: chunk.error });
   else if (chunk.object === 'error') events.push({ type: 'error', error: value });
 
   // Only the first choice: we never ask for more.
@@ -94,7 +109,7 @@ function readData(data: string, events: CompletionEvent[]): void {
 
 const contentSchema = z.union([
   z.string(),
-  z.array(z.looseObject({ type: z.string().optional(), text: z.string().optional() })),
+  z.array(z.looseObject({ type: z.string().optional(), text: z.string().nullish() })),
 ]);
 
 const deltaSchema = z.object({
@@ -102,7 +117,7 @@ const deltaSchema = z.object({
   refusal: z.string().nullish(),
   reasoning_content: z.unknown().optional(),
   reasoning: z.unknown().optional(),
-  tool_calls: z.array(z.unknown()).nullish(),
+  tool_calls: z.array(z.unknown()).nullish().catch(null),
 });
 
 const chunkSchema = z.object({

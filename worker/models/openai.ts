@@ -5,7 +5,12 @@ import { describeIssues, type Usage } from '../../shared/protocol.ts';
 import type { Handler, HandlerRequest, HandlerResult } from '../handler.ts';
 import { fitConversation } from './context-budget.ts';
 import { errorFromNetwork, errorFromStatus, errorFromStream } from './openai-errors.ts';
-import { type CompletionEvent, createCompletionReader, readWholeCompletion } from './openai-stream.ts';
+import {
+  type CompletionEvent,
+  createCompletionReader,
+  isEventStream,
+  readWholeCompletion,
+} from './openai-stream.ts';
 
 /**
  * Answers through any OpenAI-compatible chat-completions endpoint, streaming.
@@ -262,9 +267,8 @@ async function* relay(
     throw new RivuletError(
       'model_error',
       `The model gave an empty answer (${finishReason ?? 'no reason'}).`,
-      {
-        temporary: true,
-      },
+      // Its tokens went into thinking, or max_tokens is too small: they would again.
+      { temporary: finishReason !== 'length' },
     );
   return { finishReason: finishReason ?? 'stop', usage };
 }
@@ -277,11 +281,6 @@ function isForeignAbort(error: unknown, call: Call): boolean {
 /** The events of a response, as many at a time as one read brought. */
 async function* completionEvents(response: Response, call: Call): AsyncGenerator<CompletionEvent[]> {
   const type = response.headers.get('content-type') ?? '';
-  if (/\bjson\b/i.test(type)) {
-    // The server does not stream: one piece then.
-    yield [...readWholeCompletion(await readBody(response, LONGEST_WHOLE_ANSWER, call)), { type: 'end' }];
-    return;
-  }
   if (/\bhtml\b/i.test(type))
     throw new RivuletError(
       'model_error',
@@ -292,12 +291,27 @@ async function* completionEvents(response: Response, call: Call): AsyncGenerator
   if (!reader) return;
   const decoder = new TextDecoder();
   const readEvents = createCompletionReader();
+  // A server that does not stream answers in one piece; some label a stream so too.
+  let whole = /\bjson\b/i.test(type) ? '' : null;
   for (;;) {
     const { done, value } = await call.waitFor(() => reader.read());
+    // Not every server ends its last event before it ends the body.
+    let text = decoder.decode(value, { stream: !done }) + (done ? '\n\n' : '');
+    if (whole !== null) {
+      whole += text;
+      if (!isEventStream(whole)) {
+        if (!done && whole.length < LONGEST_WHOLE_ANSWER) continue;
+        yield [...readWholeCompletion(whole), { type: 'end' }];
+        return;
+      }
+      text = whole;
+      whole = null;
+    }
+    let events = readEvents(text);
+    // What is cut in the middle of an event is cut, not nonsense.
+    if (done) events = events.filter(({ type }) => type !== 'malformed');
+    if (events.length > 0) yield events;
     if (done) return;
-    const events = readEvents(decoder.decode(value, { stream: true }));
-    if (events.length === 0) continue;
-    yield events;
     if (events.some((event) => event.type === 'end')) return letEnd(reader);
   }
 }
