@@ -25,7 +25,8 @@ export function createMarkdownView(container) {
   };
 }
 
-const FENCE = /^ {0,3}(`{3,}|~{3,})\s*([\w+#.-]{0,30})[^`]*$/;
+const FENCE = /^ {0,3}(`{3,}(?=[^`]*$)|~{3,})(.*)$/s; // without backticks after the first kind: that is inline code
+const LANGUAGE = /^[\w+#.-]{0,30}/;
 const HEADING = /^ {0,3}(#{1,6})\s+(\S.*)$/;
 const RULE = /^ {0,3}([-*_])(?: *\1){2,} *$/;
 const BULLET = /^( {0,12})[-*+] +(\S.*)$/;
@@ -53,7 +54,7 @@ export function parseBlocks(text) {
       const code = [];
       while (index < lines.length && !closesFence(lines[index], fence[1])) code.push(lines[index++]);
       index++; // the closing line, or one past the end while it streams
-      add('code', from, { code: code.join('\n'), language: fence[2] });
+      add('code', from, { code: code.join('\n'), language: LANGUAGE.exec(fence[2].trim())[0] });
       continue;
     }
     const heading = HEADING.exec(line);
@@ -295,9 +296,8 @@ function appendInline(parent, text, depth) {
       /^https?:\/\/[^\s<>"'`]/.test(text.slice(index, index + 10)) &&
       !/\w/.test(text[index - 1] ?? '')
     ) {
-      const raw = /^[^\s<>"'`]*/
-        .exec(text.slice(index, index + LONGEST_URL))[0]
-        .replace(/[.,;:!?*_)\]}]+$/, '');
+      let raw = /^[^\s<>"'`]*/.exec(text.slice(index, index + LONGEST_URL))[0];
+      while ('.,;:!?*_)]}'.includes(raw.at(-1))) raw = raw.slice(0, -1); // it belongs to the sentence
       const url = readUrl(raw);
       if (url) {
         flush();
