@@ -111,7 +111,7 @@ export function createPeopleDesk(parts: PeopleDeskParts) {
             const there = connections[index]!.map(({ device, node }) => ({ device, node }));
             if (there.length > 0) online[userId] = there;
           });
-          return { type: 'presence', online };
+          return { type: 'presence', userIds: frame.userIds, online };
         }
         default:
           return frame satisfies never;

@@ -827,8 +827,11 @@ export function createClient(options: ClientOptions): Client {
         takeMessage(frame);
         return;
       case 'presence': {
-        const index = presences.findIndex((pending) =>
-          Object.keys(frame.online).every((user) => pending.frame.userIds.includes(user)),
+        // An answer may be late, or come twice: only the same question takes it. Older gateways do not name theirs.
+        const index = presences.findIndex(({ frame: { userIds } }) =>
+          frame.userIds
+            ? String(frame.userIds) === String(userIds)
+            : Object.keys(frame.online).every((user) => userIds.includes(user)),
         );
         if (index >= 0) endPresence(presences[index]!).resolve(frame.online);
         emit('presence', frame);

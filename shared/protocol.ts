@@ -199,7 +199,8 @@ export type ServerFrame =
   | { type: 'members'; group: string; count: number; userIds: string[] }
   /** The groups of the user who asks. */
   | { type: 'groups'; groups: string[] }
-  | { type: 'presence'; online: Record<string, { device: string; node: string }[]> }
+  /** `userIds` as they were asked for. */
+  | { type: 'presence'; userIds: string[]; online: Record<string, { device: string; node: string }[]> }
   | { type: 'heartbeat'; time: number }
   | { type: 'error'; code: ErrorCode; message: string; retryAfterMs?: number };
 

@@ -143,8 +143,10 @@ test('newest wins: the older connection is closed 4010, on whatever node', async
   const old = await open(user, n1);
   const newer = await open(user, n2);
   assert.equal((await old.closed).code, 4010);
-  newer.send({ type: 'presence', userIds: [user] });
-  assert.equal((await newer.next('presence')).online[user]!.length, 1);
+  newer.send({ type: 'presence', userIds: [user, 'nobody'] });
+  const there = await newer.next('presence');
+  assert.deepEqual(there.userIds, [user, 'nobody']);
+  assert.equal(there.online[user]!.length, 1);
   const newestOf = await open(user, n2);
   assert.equal((await newer.closed).code, 4010);
   newestOf.send({ type: 'heartbeat' });

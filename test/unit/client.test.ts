@@ -794,6 +794,18 @@ test('people: send until sent, messages once, presence, groups, ack', async (t) 
   assert.equal(await codeOf(refused), 'forbidden');
 });
 
+test('an answer about presence that comes late or twice is not taken for another question', async (t) => {
+  const { client, peer } = await connected(t);
+  await assert.rejects(client.presence(['a'], { timeoutMs: 1 }), { code: 'timeout' });
+  const online = client.presence(['b', 'a']);
+  for (let asked = 0; asked < 2; asked++) await peer.next('presence');
+  const there = { b: [{ device: 'phone', node: 'n1' }] };
+  peer.send({ type: 'presence', userIds: ['a'], online: {} });
+  peer.send({ type: 'presence', userIds: ['b', 'a'], online: there });
+  peer.send({ type: 'presence', userIds: ['b', 'a'], online: there });
+  assert.deepEqual(await online, there);
+});
+
 test('questions about groups: answered, refused by name, asked again after a reconnect', async (t) => {
   const { server, client, peer } = await connected(t);
   const [joining, leaving, members, groups] = [
