@@ -3,7 +3,7 @@ import { parseArgs } from 'node:util';
 import { WebSocket } from 'ws';
 import { type Answer, type Client, ClientError, type ClientOptions, createClient } from '../shared/client.ts';
 import { type HistoryMessage, parseUserId } from '../shared/protocol.ts';
-import { findRun, NothingRunsError, UsageError } from './command.ts';
+import { findRun, NothingRunsError, printable, UsageError } from './command.ts';
 
 /**
  * `npm run chat`: one question from the arguments or the pipe, or a conversation at a prompt. The answer goes to
@@ -140,7 +140,7 @@ function createStatus(stream: NodeJS.WriteStream) {
     /** A line that stays. */
     say(text: string) {
       this.clear();
-      stream.write(`${text}\n`);
+      stream.write(`${printable(text, stream)}\n`);
     },
   };
 }
@@ -176,8 +176,9 @@ async function printAnswer(client: Client, answer: Answer, status: Status): Prom
         status.say(`[attempt ${part.attempt}: the text above is void, the answer starts over]`);
         midLine = false;
       } else {
-        midLine = !part.text.endsWith('\n');
-        if (!process.stdout.write(part.text)) await drained();
+        const text = printable(part.text, process.stdout);
+        midLine = !text.endsWith('\n');
+        if (!process.stdout.write(text)) await drained();
       }
     }
   } finally {

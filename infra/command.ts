@@ -45,6 +45,12 @@ export function chooseRedis(
   return { ...withRedisTls(config), isNamed: named !== undefined || run !== null };
 }
 
+/** Text of strangers, for a stream: to a terminal go no control characters but newline and tab, for it would obey them. */
+export function printable(text: string, { isTTY }: { isTTY?: boolean }): string {
+  // biome-ignore lint/suspicious/noControlCharactersInRegex: they are what it is about
+  return isTTY ? text.replace(/[\x00-\x08\x0b-\x1f\x7f-\x9f]/g, '') : text;
+}
+
 /** For a shell, where it would not be one plain word. */
 export function quote(text: string): string {
   return /^[\w@%+=:,./-]+$/.test(text) ? text : `'${text.replaceAll("'", `'\\''`)}'`;

@@ -3,7 +3,7 @@ import { parseArgs } from 'node:util';
 import { createDeadLetters, type DeadLetter, type DeadLetters } from '../shared/dead-letters.ts';
 import { createKeys } from '../shared/keys.ts';
 import { createRedis } from '../shared/redis.ts';
-import { chooseRedis, reportFailure, UsageError } from './command.ts';
+import { chooseRedis, printable, reportFailure, UsageError } from './command.ts';
 
 /** `npm run dead`: requests that used up their attempts; look at them, replay them, drop them. */
 
@@ -83,13 +83,13 @@ async function main(args: string[], env: NodeJS.ProcessEnv): Promise<number> {
             break;
           }
           const { payload: _, ...facts } = letter;
-          console.log(values.json ? JSON.stringify(facts) : describe(letter));
+          say(values.json ? JSON.stringify(facts) : describe(letter));
         }
         if (shown === 0 && !values.json) console.log('No dead letters.');
         return 0;
       }
       case 'show':
-        for await (const letter of chosen()) console.log(JSON.stringify(letter, null, values.json ? 0 : 2));
+        for await (const letter of chosen()) say(JSON.stringify(letter, null, values.json ? 0 : 2));
         return missing > 0 ? 1 : 0;
       case 'drop': {
         let dropped = 0;
@@ -104,6 +104,8 @@ async function main(args: string[], env: NodeJS.ProcessEnv): Promise<number> {
     await redis.close();
   }
 }
+
+const say = (text: string) => console.log(printable(text, process.stdout));
 
 async function replay(
   letters: DeadLetters,

@@ -7,6 +7,7 @@ import type { AddressInfo } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'node:test';
+import { WebSocketServer } from 'ws';
 
 /** The commands of `infra/`, as a person calls them: what they say and how they leave when something is wrong. */
 
@@ -81,6 +82,35 @@ test('chat: a gateway that is not ready says why', async (t) => {
   const nobody = await call('chat', ['--url', 'ws://127.0.0.1:1', 'hello']);
   assert.equal(nobody.code, 3);
   assert.match(nobody.said, /^No gateway answers at ws:\/\/127\.0\.0\.1:1\. Start one with "npm start"/);
+});
+
+test('chat: a terminal gets no control characters from a model or its server; a pipe gets them', async (t) => {
+  const server = new WebSocketServer({ port: 0, host: '127.0.0.1' });
+  await once(server, 'listening');
+  t.after(() => server.close());
+  server.on('connection', (socket) =>
+    socket.on('message', (data) => {
+      const { type, messageId } = JSON.parse(String(data));
+      const send = (frame: object) => socket.send(JSON.stringify({ messageId, ...frame }));
+      if (type === 'init') send({ type: 'ready', node: 'n1', heartbeatMs: 0 });
+      if (type !== 'chat') return;
+      send({ type: 'accepted', position: 0 });
+      send({ type: 'start', id: '1-0', attempt: 1 });
+      send({ type: 'token', id: '1-1', text: 'a\x1b]0;b\x07\n\tc\x7f\x9bd' });
+      send({ type: 'failed', id: '1-2', code: 'model_error', message: 'no\x1b[2J', temporary: false });
+    }),
+  );
+  const args = ['--url', `ws://127.0.0.1:${(server.address() as AddressInfo).port}`, 'hello'];
+  const streams = 'process.stdout.isTTY=process.stderr.isTTY=';
+  for (const [isTerminal, answer, failure] of [
+    [true, 'a]0;b\n\tcd', 'model_error: no[2J'],
+    [false, 'a\x1b]0;b\x07\n\tc\x7f\x9bd', 'model_error: no\x1b[2J'],
+  ] as const) {
+    const { said } = await call('chat', args, {
+      NODE_OPTIONS: `--import=data:text/javascript,${streams}${isTerminal}`,
+    });
+    assert.ok(said.includes(answer) && said.includes(failure), JSON.stringify(said));
+  }
 });
 
 test('chat, streams, users, dead, autoscaler, local: a wrong call leaves with 2 and says how to call', async () => {

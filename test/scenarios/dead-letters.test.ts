@@ -15,18 +15,19 @@ test('dead letters: listed, shown, replayed under the same message id, twice wit
   const stack = await startStack(t, {
     workerEnv: { MAX_ATTEMPTS: '2', RETRY_BASE_MS: '20', LEASE_MS: '1500', COMPACT_AFTER_MS: '0' },
   });
+  const env = { ...process.env };
   const dead = async (...args: string[]) => {
     const { stdout } = await run(
       process.execPath,
       ['--import', './infra/typescript.mjs', 'infra/dead.ts', ...args, '--redis', stack.redisUrl],
-      { cwd: new URL('../../', import.meta.url).pathname },
+      { cwd: new URL('../../', import.meta.url).pathname, env },
     );
     return stdout.trim();
   };
   const chat = await stack.client(20001);
   // Fails its first three attempts: two are allowed, so it dies; a replay begins at attempt 3, and succeeds at 4.
   const parameters = { tokens: 10, intervalMs: 1, failAttempts: 3, seed: 5 };
-  chat.send({ type: 'chat', messageId: 'm1', contents: 'hello', parameters });
+  chat.send({ type: 'chat', messageId: 'm1', contents: 'hello\u009b2J', parameters });
   const first = await chat.answer('m1');
   assert.equal(first.end.type, 'failed');
   assert.equal((first.end as { code: string }).code, 'attempts_exhausted');
@@ -38,6 +39,10 @@ test('dead letters: listed, shown, replayed under the same message id, twice wit
   assert.equal(letter.lastAttempt, 2);
   assert.match(await dead('list'), new RegExp(`^${letter.name} .* 20001/m1 +2 attempts +attempts_exhausted`));
   assert.deepEqual(JSON.parse(await dead('show', letter.name)).payload.parameters, parameters);
+  assert.match(await dead('show', letter.name), /hello\u009b2J/);
+  env.NODE_OPTIONS = '--import=data:text/javascript,process.stdout.isTTY=true';
+  assert.match(await dead('show', letter.name), /hello2J/, 'a terminal gets nothing that it would obey');
+  env.NODE_OPTIONS = '';
   await assert.rejects(dead('show', 'n1/1-0'), { code: 1, stderr: 'n1/1-0: there is no such letter\n' });
 
   // A replay that was cut short after its first step: the record is open, the request is in no stream.
