@@ -1,4 +1,4 @@
-import { mkdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { mkdirSync, readFileSync, renameSync, rmSync, writeFileSync } from 'node:fs';
 import { dirname, join, resolve } from 'node:path';
 import { setTimeout as delay } from 'node:timers/promises';
 import { fileURLToPath } from 'node:url';
@@ -53,7 +53,7 @@ export async function lockFolder(
   for (let attempt = 1; ; attempt++) {
     try {
       writeFileSync(path, String(process.pid), { flag: 'wx' });
-      return { unlock: () => rmSync(path, { force: true }) };
+      return { unlock: () => removeLock(path, process.pid) };
     } catch (error) {
       if ((error as NodeJS.ErrnoException).code !== 'EEXIST' || attempt === 5) throw error;
     }
@@ -63,8 +63,21 @@ export async function lockFolder(
       owner = readNumber(path);
     }
     if (owner && owner !== process.pid && isProcessAlive(owner) && isOurs(owner)) return { owner };
-    rmSync(path, { force: true }); // its owner crashed
+    removeLock(path, owner); // its owner crashed
   }
+}
+
+/** Removes the lock of this owner only: another start may have found the same and have made its own meanwhile. */
+function removeLock(path: string, owner: number): void {
+  const aside = `${path}.${process.pid}`;
+  try {
+    renameSync(path, aside);
+    if (readNumber(aside) !== owner) writeFileSync(path, readFileSync(aside), { flag: 'wx' });
+  } catch (error) {
+    const { code } = error as NodeJS.ErrnoException;
+    if (code !== 'ENOENT' && code !== 'EEXIST') throw error; // gone already, or taken again
+  }
+  rmSync(aside, { force: true });
 }
 
 function readNumber(path: string): number {

@@ -1,5 +1,5 @@
 import assert from 'node:assert/strict';
-import { existsSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'node:test';
@@ -24,4 +24,24 @@ test('a folder has one owner, also while it writes itself down; a lock of nobody
     taken.unlock();
     assert.equal(existsSync(path), false);
   }
+});
+
+test('a lock that changed hands is left alone: by who found the old one stale, and by who had it', async (t) => {
+  const folder = mkdtempSync(join(tmpdir(), 'rivulet-lock-'));
+  t.after(() => rmSync(folder, { recursive: true, force: true }));
+  const path = join(folder, 'start.pid');
+  writeFileSync(path, String(process.ppid));
+  const second = await lockFolder(folder, (pid) => {
+    if (pid === 1) return true;
+    writeFileSync(path, '1'); // the other start takes the lock over while this one looks whose the old one is
+    return false;
+  });
+  assert.deepEqual(second, { owner: 1 });
+  rmSync(path);
+  const mine = await lockFolder(folder, () => true);
+  assert.ok('unlock' in mine);
+  writeFileSync(path, '1');
+  mine.unlock();
+  assert.equal(readFileSync(path, 'utf8'), '1');
+  assert.deepEqual(readdirSync(folder), ['start.pid']);
 });
