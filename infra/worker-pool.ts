@@ -17,6 +17,7 @@ const FIRST_PAUSE_MS = 1_000;
 const LONGEST_PAUSE_MS = 30_000;
 const WRONG_SETTINGS = 2; // exit code of lifecycle.ts
 const HUNG_MS = 15_000; // three leases of the registry
+const START_MS = 60_000; // from its start to the registry, on a machine where all is slow
 const STOP_MS = 8_000; // after DRAIN_MS a worker hands back what is left, which takes 5 s while Redis answers
 /**
  * What lives as long as a token is on its way should die young: with V8's usual 16 MB a busy worker stops ten times a
@@ -30,7 +31,7 @@ interface Worker {
   place: number;
   startedMs: number;
   seen: boolean;
-  /** How long it has been missing from the registry, once seen there. */
+  /** How long it has been missing from the registry, once seen there or due there. */
   missingMs: number;
   retiring: boolean;
   ended: Promise<void>;
@@ -41,7 +42,7 @@ export interface WorkerPool {
   readonly size: number;
   /** Workers that finish what they run. */
   readonly retiring: number;
-  /** One that was seen in the registry is missing from it. */
+  /** One that was seen in the registry, or should be there by now, is missing from it. */
   misses(running: Map<number, number>): boolean;
   /**
    * Moves towards `target`. `running` is what the registry says, by process id; it is current when Redis takes what
@@ -131,8 +132,8 @@ export function createWorkerPool(options: {
   }
 
   /**
-   * Kills who was seen in the registry and is missing from it: a handler that never lets go of its thread. It would keep
-   * its place for ever, and obeys no other signal. Only looks at a current registry count: an outage of Redis, or of its
+   * Kills who is missing from the registry: a handler that never lets go of its thread, or a start that never ends. It
+   * would keep its place for ever, and obeys no other signal. Only looks at a current registry count: an outage of Redis, or of its
    * disk, silences workers that are well.
    */
   function killHung(running: Map<number, number>, isCurrent: boolean): void {
@@ -148,7 +149,7 @@ export function createWorkerPool(options: {
   }
 
   const isMissing = (worker: Worker, running: Map<number, number>) =>
-    worker.seen && !running.has(worker.child.pid!);
+    !running.has(worker.child.pid!) && (worker.seen || Date.now() - worker.startedMs > START_MS);
   const serving = () => [...workers.values()].filter((worker) => !worker.retiring);
 
   return {

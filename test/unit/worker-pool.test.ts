@@ -45,6 +45,36 @@ test('a worker that hangs is killed and replaced', { timeout: 20_000 }, async (t
   assert.notEqual(pool.pids[0], pid);
 });
 
+test('a worker that hangs before it is up is killed and replaced', { timeout: 20_000 }, async (t) => {
+  t.mock.timers.enable({ apis: ['Date'], now: 1_000_000 });
+  const pool = createPool();
+  t.after(() => {
+    for (const left of pool.pids) process.kill(left, 'SIGKILL');
+    return pool.stop();
+  });
+  pool.adjust(1, new Map(), true);
+  const [pid] = pool.pids as [number];
+  process.kill(pid, 'SIGSTOP');
+  const look = (seconds: number, isCurrent = true) => {
+    for (let second = 0; second < seconds; second++) {
+      t.mock.timers.tick(1_000);
+      pool.adjust(1, new Map(), isCurrent);
+    }
+  };
+  look(60);
+  assert.equal(pool.misses(new Map()), false, 'it may still be starting');
+  look(60, false); // nobody can register while Redis is away
+  assert.equal(pool.misses(new Map()), true);
+  look(25);
+  await new Promise((resolve) => setTimeout(resolve, 50));
+  assert.deepEqual(pool.pids, [pid]);
+  look(10);
+  await eventually('end of the hung one', () => pool.size === 0);
+  look(2); // a start that failed holds the next one back for a second
+  assert.equal(pool.size, 1);
+  assert.notEqual(pool.pids[0], pid);
+});
+
 test('a worker without its autoscaler has its DRAIN_MS', async (t) => {
   const pool = createPool();
   t.after(() => pool.stop());
