@@ -38,6 +38,7 @@ export async function createWordList(options: {
   let newest: Worker;
   /** The thread that has the list. */
   let matcher: Worker | null = null;
+  let failed = '';
   let seen = await stamp(path);
   if (seen === null) throw new Error(`MODERATION_WORDS: ${path} cannot be read`);
 
@@ -61,12 +62,16 @@ export async function createWordList(options: {
         if ('loaded' in message) {
           matcher = worker;
           words = message.loaded;
+          failed = '';
           log.info({ path, words }, 'word list loaded');
           resolve();
         } else if ('id' in message) answer(message.id, message.word === null ? null : REFUSAL);
-        else if (matcher === worker)
-          log.warn({ path, err: message.failed }, 'word list not loaded; the old one stays');
-        else {
+        else if (matcher === worker) {
+          seen = ''; // tried again at every look, told once
+          if (message.failed !== failed)
+            log.warn({ path, err: message.failed }, 'word list not loaded; the old one stays');
+          failed = message.failed;
+        } else {
           reject(new Error(`MODERATION_WORDS: ${message.failed}`));
           void worker.terminate();
         }

@@ -83,6 +83,22 @@ test('the thread of a word list is started until it has the list, whenever it en
   assert.deepEqual(await list.check(chat('badword')), { code: 'content_refused' });
 });
 
+test('a word list that could not be read again is tried again, also when the file stays as it is', async (t) => {
+  const { list, path, thread } = await openList('unread');
+  t.after(() => list.stop());
+  const worker = thread();
+  const post = worker.postMessage.bind(worker);
+  let reloads = 0;
+  worker.postMessage = (call) => {
+    if ('reload' in call && ++reloads === 1) worker.emit('message', { failed: 'EMFILE' });
+    else post(call);
+  };
+  writeFileSync(path, 'other word\n');
+  await eventually('the new list', async () => (await list.check(chat('badword'))) === null);
+  assert.deepEqual(await list.check(chat('other word')), { code: 'content_refused' });
+  assert.equal(reloads, 2);
+});
+
 test('questions that wait for the word list are bounded', async (t) => {
   const { list } = await openList('full');
   t.after(() => list.stop());
