@@ -66,6 +66,7 @@ export const gatewaySettings = z
     INBOX_AGE_MS: integer('INBOX_AGE_MS', 1_000, 31_536_000_000).default(2_592_000_000), // 30 days
     DEVICE_POLICY: devicePolicy.default('any'),
     QUOTA_PER_DAY: integer('QUOTA_PER_DAY', 0, 1_000_000_000).default(0),
+    MODELS: list.default([]),
     MODERATION_WORDS: z.string().min(1).optional(),
     MODERATION_URL: z.url('MODERATION_URL must be a URL').optional(),
     MODERATION_TIMEOUT_MS: integer('MODERATION_TIMEOUT_MS', 10, 60_000).default(2_000),

@@ -1,5 +1,6 @@
 import type { Logger } from 'pino';
 import type { GatewayConfig } from '../config.ts';
+import { createModelList } from './model-list.ts';
 import { createModerationHook } from './moderation-hook.ts';
 import type { Policy } from './policy.ts';
 import { createWordList } from './word-list.ts';
@@ -11,6 +12,7 @@ export async function createPolicies(
 ): Promise<{ policies: Policy[]; stop(): Promise<void> }> {
   const policies: Policy[] = [];
   const closers: (() => Promise<void>)[] = [];
+  if (config.MODELS.length > 0) policies.push(createModelList(config.MODELS));
   if (config.MODERATION_WORDS) {
     const list = await createWordList({
       path: config.MODERATION_WORDS,
