@@ -32,7 +32,7 @@ import {
 
 const CHUNK = 200; // inbox appends in one pipeline: about 4 ms of Redis
 const OUTCOME_MS = 24 * 3_600_000;
-const CLAIM_MS = 15_000; // a gateway that dies with a message in its hands holds it up for so long
+const CLAIM_MS = 15_000; // renewed; a gateway that dies with a message in its hands holds it up for so long
 const AGAIN_MS = 50;
 const LARGE_AT_ONCE = 4; // messages to many that may be under way; the others wait
 
@@ -137,8 +137,8 @@ export function createPostOffice(parts: {
       message: MessageContents,
     ): Promise<Outcome> {
       const target = targetOf('users' in to ? { users: [...to.users].sort() } : to);
-      return inTurn(() =>
-        once(message, target, async () => {
+      return once(message, target, () =>
+        inTurn(async () => {
           const outcome = await deliver(await users(), message);
           if (outcome.id === '') outcome.id = `${message.sentAt}-0`; // nobody was there
           return outcome;
@@ -200,13 +200,17 @@ export function createPostOffice(parts: {
       if (underWay === undefined) return outcome;
       await delay(AGAIN_MS);
     }
+    const hold = (ms: number) => redis.script('hold_claim', [key], [claim, ms]).catch(() => {});
+    const renewing = setInterval(() => void hold(CLAIM_MS), CLAIM_MS / 3);
     try {
       const outcome = await step();
       await retrying(() => redis.client.set(key, JSON.stringify({ ...outcome, target }), 'PX', OUTCOME_MS));
       return outcome;
     } catch (error) {
-      redis.client.del(key).catch(() => {}); // or it ends by itself
+      void hold(0);
       throw error;
+    } finally {
+      clearInterval(renewing);
     }
   }
 }

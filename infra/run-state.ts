@@ -72,7 +72,7 @@ function removeLock(path: string, owner: number): void {
   const aside = `${path}.${process.pid}`;
   try {
     renameSync(path, aside);
-    if (readNumber(aside) !== owner) writeFileSync(path, readFileSync(aside), { flag: 'wx' });
+    if (!Object.is(readNumber(aside), owner)) writeFileSync(path, readFileSync(aside), { flag: 'wx' });
   } catch (error) {
     const { code } = error as NodeJS.ErrnoException;
     if (code !== 'ENOENT' && code !== 'EEXIST') throw error; // gone already, or taken again

@@ -94,6 +94,7 @@ export type ScriptName =
   | 'finish'
   | 'finish_and_ack'
   | 'forget'
+  | 'hold_claim'
   | 'join_group'
   | 'keep_connection'
   | 'leave_node'
@@ -524,6 +525,7 @@ export function parseRedisUrl(text: string): Target {
         sentinels: hosts,
         name: path,
         failoverDetector: true,
+        sentinelCommandTimeout: SILENCE_MS,
         sentinelRetryStrategy: () => null, // or it would go on by itself, one by one, and commands would wait for ever
         Connector: AgreedMaster as unknown as NonNullable<RedisOptions['Connector']>,
         ...(sentinelUsername ? { sentinelUsername } : {}),

@@ -21,8 +21,6 @@ const UNSETTLED_MS = 5_000; // then the best answer is believed, or a sentinel t
 /** What one sentinel says of the master. */
 export interface SentinelView {
   readonly sentinel: Partial<SentinelAddress>;
-  /** host:port */
-  readonly master: string;
   /** Number of the latest failover it knows, 0 before the first. */
   readonly epoch: number;
   /** False while it is about to put another in the place of this master. */
@@ -30,40 +28,29 @@ export interface SentinelView {
 }
 
 /**
- * The sentinels in the order in which to believe them, and whether the first may be believed yet.
+ * Who knows of the latest failover, and whether they may be believed yet.
  * @param knownEpoch the latest failover heard of before
  */
-export function rankViews(
+export function judge(
   views: readonly SentinelView[],
   knownEpoch: number,
-): { ranked: SentinelView[]; settled: boolean } {
-  const ranked = views.toSorted((a, b) => b.epoch - a.epoch || Number(a.settled) - Number(b.settled));
-  const latest = ranked[0]?.epoch ?? 0;
-  return {
-    ranked,
-    settled:
-      ranked.length === 0 ||
-      (latest >= knownEpoch && ranked.every((view) => view.settled || view.epoch < latest)),
-  };
+): { latest: SentinelView[]; settled: boolean } {
+  const epoch = Math.max(0, ...views.map((view) => view.epoch));
+  const latest = views.filter((view) => view.epoch === epoch);
+  return { latest, settled: epoch >= knownEpoch && latest.every((view) => view.settled) };
 }
 
-/**
- * Reads the replies of `SENTINEL get-master-addr-by-name` and `SENTINEL master`.
- * @returns null when this sentinel does not know the master
- */
+/** Reads the replies of `SENTINEL get-master-addr-by-name` and `SENTINEL master`. */
 export function readView(
   sentinel: Partial<SentinelAddress>,
-  address: readonly string[] | null,
+  address: readonly string[],
   facts: readonly string[],
-): SentinelView | null {
-  if (!address) return null;
+): SentinelView {
   const read = (field: string) => facts[facts.indexOf(field) + 1] ?? '';
-  const master = address.join(':');
   // From the promotion on it names the new one, while the facts are the old one's until its replicas have followed.
-  const isPromoted = master !== `${read('ip')}:${read('port')}`;
+  const isPromoted = address.join(':') !== `${read('ip')}:${read('port')}`;
   return {
     sentinel,
-    master,
     epoch: Number(read('config-epoch')),
     settled: isPromoted || !/failover_in_progress|o_down/.test(read('flags')),
   };
@@ -78,26 +65,32 @@ export class AgreedMaster extends SentinelConnector {
     const deadline = Date.now() + UNSETTLED_MS;
     for (;;) {
       const sentinels = this.#sentinels();
-      const answers = await Promise.all(sentinels.map((sentinel) => this.#ask(sentinel)));
+      let lastError = '';
+      const answers = await Promise.all(
+        sentinels.map((sentinel) =>
+          this.#ask(sentinel).catch((error: Error) => {
+            lastError = error.message;
+            return null;
+          }),
+        ),
+      );
       if (!this.connecting) throw new Error('Connection is closed.');
-      const { ranked, settled } = rankViews(
+      const { latest, settled } = judge(
         answers.filter((view) => view !== null),
         this.#epoch,
       );
-      if (ranked.length === 0) throw new Error('All sentinels are unreachable'); // and nobody waits for them here
+      if (latest.length === 0) throw new Error(`All sentinels are unreachable; the last error: ${lastError}`);
       if (!settled && Date.now() < deadline) {
         await delay(AGAIN_MS);
         continue;
       }
-      if (!settled)
-        emit('error', new Error(`the sentinels have not settled on a master; taking ${ranked[0]!.master}`));
-      this.#epoch = ranked[0]!.epoch;
-      const trusted = ranked.map((view) => view.sentinel);
-      this.sentinelIterator = new SentinelIterator([
-        ...trusted,
-        ...sentinels.filter((sentinel) => !trusted.includes(sentinel)),
-      ]);
-      return super.connect(emit);
+      if (!settled) emit('error', new Error('the sentinels have not settled on a master; taking the latest'));
+      this.#epoch = latest[0]!.epoch;
+      // ioredis asks one of these once more: it must not come to one that knows less, and listen to all of them later.
+      this.sentinelIterator = new SentinelIterator(latest.map(({ sentinel }) => sentinel));
+      const stream = await super.connect(emit);
+      for (const { host = '127.0.0.1', port = 26379 } of sentinels) this.sentinelIterator.add({ host, port });
+      return stream;
     }
   }
 
@@ -111,7 +104,8 @@ export class AgreedMaster extends SentinelConnector {
     return all;
   }
 
-  async #ask(sentinel: Partial<SentinelAddress>): Promise<SentinelView | null> {
+  /** @throws what kept it from answering */
+  async #ask(sentinel: Partial<SentinelAddress>): Promise<SentinelView> {
     const options: SentinelConnectionOptions = this.options;
     const redis = new Redis({
       host: sentinel.host ?? '127.0.0.1',
@@ -125,15 +119,18 @@ export class AgreedMaster extends SentinelConnector {
       enableReadyCheck: false,
       disableClientInfo: true,
     });
-    redis.on('error', () => {}); // the commands are rejected
+    let reason: Error | undefined;
+    redis.on('error', (error) => {
+      reason ??= error;
+    });
     try {
       const [address, facts] = (await Promise.all([
         redis.call('sentinel', 'get-master-addr-by-name', options.name!),
         redis.call('sentinel', 'master', options.name!),
-      ])) as [string[] | null, string[]];
+      ])) as [string[], string[]];
       return readView(sentinel, address, facts);
-    } catch {
-      return null;
+    } catch (error) {
+      throw reason ?? error; // the command only says that its connection is closed
     } finally {
       redis.disconnect();
     }

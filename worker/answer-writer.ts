@@ -114,12 +114,13 @@ export class AnswerWriter {
     return this.bytes + Buffer.byteLength(this.pending) > bytes;
   }
 
-  /** As much of a text as the answer may still have, in whole characters, and one byte's worth more: so that it exceeds. */
+  /** As much of a text as the answer may still have, in whole characters, and one more, so that it exceeds. */
   fitting(text: string, bytes: number): string {
     const room = bytes - this.bytes - Buffer.byteLength(this.pending);
     if (Buffer.byteLength(text) <= room) return text;
-    const cut = new TextDecoder().decode(Buffer.from(text).subarray(0, Math.max(0, room)), { stream: true });
-    return text.slice(0, cut.length + 2).toWellFormed();
+    const bytesKept = Buffer.from(text).subarray(0, Math.max(0, room));
+    const kept = new TextDecoder('utf-8', { ignoreBOM: true }).decode(bytesKept, { stream: true });
+    return kept + String.fromCodePoint(text.codePointAt(kept.length)!);
   }
 
   /** The attempt has begun, and its start is in the log, after the entry `before`. */

@@ -329,7 +329,8 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
         },
       },
     );
-    if (typeof generator?.next !== 'function')
+    if (typeof generator?.next !== 'function') {
+      Promise.resolve(generator).catch(() => {}); // an async function: nobody else waits for it
       throw new RivuletError(
         'model_error',
         'The handler is no async generator: it returned something else.',
@@ -337,6 +338,7 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
           temporary: false,
         },
       );
+    }
     let left = false;
     let complete = false;
     /** The loop over the model's text: never waits for Redis, allocates nothing for a token. */
@@ -377,7 +379,9 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
       if (!complete) {
         if (!controller.signal.aborted) controller.abort(new Error('ended'));
         // A plain iterator may have no `return`, and one that is not async returns no promise.
-        void Promise.resolve(generator.return?.(undefined)).catch(() => {});
+        void Promise.resolve()
+          .then(() => generator.return?.(undefined))
+          .catch(() => {});
       }
     }
   }

@@ -148,7 +148,7 @@ export function createMessageRoutes(parts: MessageRouteParts): Record<string, Re
     const outcome = await carry(to, message).catch((error) => {
       if (!isConnectionError(error)) throw error;
       throw unavailable(
-        `the message store does not answer, so it is not known whether this was kept; sent again as messageId ${message.messageId} it counts once`,
+        `the message store does not answer, so it is not known whether this was kept; sent again as messageId ${message.messageId} it ${'all' in to ? 'may be seen twice' : 'counts once'}`,
       );
     });
     parts.onSent();

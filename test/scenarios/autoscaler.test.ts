@@ -7,6 +7,7 @@ import { setTimeout as delay } from 'node:timers/promises';
 import { isProcessAlive } from '../../infra/run-state.ts';
 import { openChat } from '../helpers/chat-client.ts';
 import { eventually } from '../helpers/eventually.ts';
+import { urlFor } from '../helpers/redis-users.ts';
 import { type Stack, type StackProcess, spawnProcess, startStack } from '../helpers/stack.ts';
 
 /** `npm run autoscaler` beside a gateway that has no worker: from zero, up to the maximum, back to zero. */
@@ -23,7 +24,7 @@ before(async () => {
   autoscaler = spawnProcess(
     'infra/autoscaler.ts',
     {
-      REDIS_URL: stack.redisUrl,
+      REDIS_URL: urlFor('worker', stack.redisUrl),
       WORKERS_MAX: '3',
       WORKER_CONCURRENCY: '4',
       SCALE_DOWN_AFTER_MS: '1500',

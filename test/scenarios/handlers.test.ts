@@ -11,6 +11,7 @@ import { type Stack, startStack } from '../helpers/stack.ts';
 const BODIES: Record<string, string> = {
   secret: `return (async function* () { yield 'a'; throw new Error('postgres://user:secret@db'); })();`,
   plain: `return Promise.resolve('not a generator');`,
+  forgotten: `return (async () => { throw new Error('the star was forgotten'); })();`,
   odd: `return (async function* () { yield 'x'; return { finishReason: 5, usage: { promptTokens: -1 } }; })();`,
   endless: `return (async function* () { for (;;) yield 'é'.repeat(300_000); })();`,
   iterator: `const words = ['a', 'b']; return { next: () => words.length ? { value: words.shift() } : { done: true } };`,
@@ -61,6 +62,11 @@ test('what is no generator fails at once, and says so', async () => {
   assert.match(end.message!, /no async generator/);
 });
 
+test('an async function that fails takes no worker with it', async () => {
+  assert.match((await ask('forgotten')).end.message!, /no async generator/);
+  assert.equal((await ask('iterator')).text, 'ab');
+});
+
 test('a result of other types is left out', async () => {
   const { end } = await ask('odd');
   assert.equal(end.finishReason, 'stop');
@@ -74,7 +80,9 @@ test('the bound of an answer holds within one piece of text too', async () => {
 });
 
 test('an iterator without `return`', async () => {
-  assert.equal((await ask('iterator')).text, 'ab');
+  const client = await stack.client(20002);
+  client.send({ type: 'chat', messageId: 'again', contents: 'iterator' });
+  assert.equal((await client.answer('again')).text, 'ab');
 });
 
 test('parameters that are nested too deeply are the mistake of who sent them', async () => {
