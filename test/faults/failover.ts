@@ -14,7 +14,7 @@ import {
   underLoad,
   until,
 } from './stage.ts';
-import { record } from './tally.ts';
+import { isClean, record } from './tally.ts';
 
 /** Sentinel failovers while answers stream. */
 
@@ -32,6 +32,7 @@ async function withSentinel(
     record(context.tally, 'errors', `the class itself failed: ${(error as Error).stack}`);
   } finally {
     if (stage) await context.explain(stage);
+    if (!isClean(context.tally)) context.tally.notes.push(...set.decisions());
     await stage?.stop();
     await set.stop();
   }
@@ -49,11 +50,11 @@ async function failOver(
   await set.servers[old].kill(freeze ? 'SIGSTOP' : 'SIGKILL');
   await until('a new master', 30_000, async () => (await set.master()) !== old);
   context.tally.notes.push(`new master after ${Date.now() - began} ms`);
-  // At once, and it believes that it is the master; so do the sentinels that have not heard of the failover yet.
-  if (!freeze) await set.servers[old].restart();
+  // At once: sentinels that have not heard of the failover yet still name it.
+  if (!freeze) await set.restartAsReplica(old);
   await backToReady(context, stage);
   if (!freeze) return;
-  await set.servers[old].kill('SIGCONT'); // wakes with the same belief
+  await set.servers[old].kill('SIGCONT'); // wakes believing that it is the master
   await set.waitForReplica(); // or the audit, which looks at the same Redis, might believe it too
 }
 

@@ -1,5 +1,5 @@
 import { type ChildProcess, spawn } from 'node:child_process';
-import { mkdirSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs';
+import { mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { Redis } from 'ioredis';
@@ -18,12 +18,21 @@ export interface SentinelSet {
   /** How many bytes the replica is behind, or null when it is not connected. */
   lag(): Promise<number | null>;
   waitForReplica(): Promise<void>;
+  /**
+   * Starts a dead master again, as a replica of the other. Left alone it says that it is the master until the sentinels
+   * have demoted it, eight seconds later, and should the new one falter until then, they may promote it as it is.
+   */
+  restartAsReplica(index: 0 | 1): Promise<void>;
+  /** What the sentinels have decided, from their logs. */
+  decisions(): string[];
   /** Freezes the sentinels, or wakes them. */
   signalSentinels(signal: 'SIGSTOP' | 'SIGCONT'): void;
   stop(): Promise<void>;
 }
 
 const NAME = 'chatmaster';
+const DECISIONS =
+  /[+-][so]down|elected|selected-slave|promoted|switch-master|convert-to-slave|role-change|tilt|reboot/;
 
 /** Of this user a sentinel learns whether servers live, and nothing from other sentinels. */
 const DEAF = '--user deaf on nopass ~* resetchannels +@all'.split(' ');
@@ -61,6 +70,7 @@ export async function startSentinelSet({
         `port ${port}`,
         'bind 127.0.0.1',
         `dir ${own}`,
+        `logfile ${join(own, 'sentinel.log')}`,
         `sentinel monitor ${NAME} 127.0.0.1 ${first.port} 2`,
         `sentinel down-after-milliseconds ${NAME} ${downAfterMs}`,
         `sentinel failover-timeout ${NAME} 6000`,
@@ -125,6 +135,23 @@ export async function startSentinelSet({
             read('flags') === 'master'
           );
         });
+    },
+    async restartAsReplica(index) {
+      await servers[index].restart();
+      const client = new Redis(servers[index].port, { maxRetriesPerRequest: 3 });
+      try {
+        await client.replicaof('127.0.0.1', servers[1 - index]!.port);
+      } finally {
+        client.disconnect();
+      }
+    },
+    decisions() {
+      return children.flatMap((_, index) =>
+        readFileSync(join(dir, `s${deaf ? index - 1 : index}`, 'sentinel.log'), 'utf8')
+          .split('\n')
+          .filter((line) => DECISIONS.test(line))
+          .map((line) => `sentinel ${index + 1}: ${line.replace(/^\S+ \d+ \w+ \d+ /, '')}`),
+      );
     },
     signalSentinels(signal) {
       for (const { child } of children) child.kill(signal);

@@ -54,7 +54,7 @@ before(async () => {
       env: {
         DEVICE_POLICY: '2',
         MODERATION_URL: `http://127.0.0.1:${(hook.address() as AddressInfo).port}/check`,
-        MODERATION_TIMEOUT_MS: '300',
+        MODERATION_TIMEOUT_MS: '1500',
       },
     }),
   ]);

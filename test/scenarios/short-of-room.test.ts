@@ -1,10 +1,11 @@
 import assert from 'node:assert/strict';
 import { mkdtempSync, rmSync } from 'node:fs';
+import { connect } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
+import { createInterface } from 'node:readline';
 import { test } from 'node:test';
 import { setTimeout as delay } from 'node:timers/promises';
-import type { Redis } from 'ioredis';
 import pino from 'pino';
 import { startRedisServer } from '../../infra/redis-server.ts';
 import { readWorkerConfig } from '../../worker/config.ts';
@@ -26,16 +27,16 @@ test('what a worker read without room for it goes to one that has room', { timeo
   await stack.addWorker({ REDIS_URL: proxy.url, WORKER_CONCURRENCY: '1' });
 
   // It looks at each stream, and finds nothing; before its blocked read of both comes, there is something in both.
-  const monitor = await (look.client as Redis).monitor();
-  t.after(() => monitor.disconnect());
-  await new Promise<void>((resolve) => {
-    let looks = 0;
-    monitor.on('monitor', (_time: string, args: string[]) => {
-      if (args[0]?.toLowerCase() !== 'xreadgroup') return;
-      looks = args.includes('BLOCK') ? 0 : looks + 1;
-      if (looks === 2) resolve();
-    });
-  });
+  const monitor = connect(Number(new URL(stack.redisUrl).port), '127.0.0.1');
+  t.after(() => monitor.destroy());
+  monitor.write('MONITOR\r\n');
+  let looks = 0;
+  for await (const line of createInterface({ input: monitor })) {
+    if (!/"xreadgroup"/i.test(line)) continue;
+    looks = line.includes('"BLOCK"') ? 0 : looks + 1;
+    if (looks === 2) break;
+  }
+  monitor.destroy();
   const parameters = { tokens: 10, intervalMs: 500, seed: 1 };
   for (const client of [first!, second!])
     client.send({ type: 'chat', messageId: 'm', contents: 'hello', parameters });
