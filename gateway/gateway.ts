@@ -114,6 +114,7 @@ export async function startGateway(config: GatewayConfig, log: Logger): Promise<
     closers.push(() => delivery.stop());
 
     const startedAt = Date.now();
+    let countUsers = () => 0; // nobody is let in before the rest is made
     const lease = await holdNodeLease({
       node,
       registry,
@@ -122,6 +123,7 @@ export async function startGateway(config: GatewayConfig, log: Logger): Promise<
         url:
           config.PUBLIC_URL ?? (server ? `${tls ? 'https' : 'http'}://${config.HOST}:${server.port}` : null),
         connections: server?.connections.size ?? 0,
+        users: countUsers(),
       }),
       onBeat: async () => {
         await redis.client.pexpire(keys.replies(node), 600_000);
@@ -148,6 +150,7 @@ export async function startGateway(config: GatewayConfig, log: Logger): Promise<
       signal: stopping.signal,
     });
     closers.push(() => people.stop());
+    countUsers = () => people.mailboxes.users;
 
     let frames = 0;
     const tail = tailReplies({

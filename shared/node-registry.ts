@@ -10,7 +10,7 @@ export interface NodeFacts {
   startedAt: number;
   url: string | null;
   connections: number;
-  /** Different users among them; absent while a gateway starts. */
+  /** Different users among them; absent in what a gateway of before tells. */
   users?: number;
 }
 

@@ -1,7 +1,9 @@
 import assert from 'node:assert/strict';
 import { before, test } from 'node:test';
+import { setTimeout as delay } from 'node:timers/promises';
 import { z } from 'zod';
 import { openChat, type TestClient } from '../helpers/chat-client.ts';
+import { eventually } from '../helpers/eventually.ts';
 import { type GatewayProcess, type Stack, startStack } from '../helpers/stack.ts';
 
 /** The HTTP API for other systems, over two gateways, and its description. */
@@ -123,6 +125,24 @@ test('to several, to a group, to all', async () => {
     (await counts()).map((count, index) => count - before[index]!),
     [1, 1],
   );
+});
+
+test('a notice is counted in users, on other gateways too', async () => {
+  const online = async () => (await send({ to: { all: true }, contents: 'x' })).body.online as number;
+  const open2 = () =>
+    clients.filter(({ socket }) => socket.readyState === 1 && socket.url.startsWith(n2.url)).length;
+  /** n2 has told the registry of all its connections, and n1 has read that: what it counts stands still. */
+  const settled = async () => {
+    await eventually('news of all connections', async () => {
+      const facts = JSON.parse((await stack.look.client.hget(stack.keys.nodes(), n2.node))!);
+      return facts.connections === open2();
+    });
+    await delay(2_500); // above the two seconds in which it is read again
+    return online();
+  };
+  const before = await settled();
+  for (let device = 0; device < 2; device++) await open('bob', n2);
+  assert.equal(await settled(), before + 1);
 });
 
 test('mistakes are answered by name', async () => {
