@@ -55,6 +55,13 @@ export function closeCodeFor(code: ErrorCode): number {
   return code === 'internal' ? CLOSE.unavailable : CLOSE.unauthorized;
 }
 
+/** A frame that could not be handled. An outage of Redis is told without a stack: it is nothing of ours. */
+export function logFrameFailure(log: Logger, facts: { user: string; frame: string }, error: unknown): void {
+  if (isConnectionError(error))
+    log.warn({ ...facts, err: describeError(error) }, 'frame failed: redis is away');
+  else log.error({ ...facts, err: error }, 'frame failed');
+}
+
 /** What all sessions of a gateway share. */
 export interface SessionParts {
   node: string;
@@ -311,16 +318,18 @@ export class Session implements Rated, Follower, MailboxOwner {
 
   private fail(frame: ClientFrame, error: unknown): void {
     const { log } = this.parts;
-    const isRefusal = error instanceof RivuletError && error.code !== 'internal';
-    const isAway = isConnectionError(error);
     const facts = { user: this.userId, frame: frame.type };
-    if (isRefusal) log.debug({ ...facts, err: error.message }, 'frame refused');
-    else if (isAway) log.warn({ ...facts, err: describeError(error) }, 'frame failed: redis is away');
-    else log.error({ ...facts, err: error }, 'frame failed');
+    if (error instanceof RivuletError && error.code !== 'internal')
+      log.debug({ ...facts, err: error.message }, 'frame refused');
+    else logFrameFailure(log, facts, error);
     const code: ErrorCode = error instanceof RivuletError ? error.code : 'internal';
     const keeps = frame.type === 'chat' || frame.type === 'send';
     const away = keeps ? `${AWAY} ${UNKNOWN_OUTCOME}` : AWAY;
-    const { message } = isAway ? { message: away } : error instanceof RivuletError ? error : ERRORS.internal;
+    const { message } = isConnectionError(error)
+      ? { message: away }
+      : error instanceof RivuletError
+        ? error
+        : ERRORS.internal;
     if ('messageId' in frame) this.reject(frame.messageId, code, message);
     else this.sendError(code, message);
   }

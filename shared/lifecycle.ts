@@ -26,16 +26,14 @@ export async function within(ms: number, step: unknown): Promise<void> {
 
 export async function runProcess(start: () => Promise<Running>, log: Logger): Promise<void> {
   let running: Running | undefined;
-  let stopping = false;
-  let first = { reason: '', ms: 0 };
+  let stopping: { reason: string; sinceMs: number } | null = null;
   const stop = (reason: string, sameMs = 0) => {
     if (stopping) {
-      if (reason === first.reason && Date.now() - first.ms < sameMs) return;
+      if (reason === stopping.reason && Date.now() - stopping.sinceMs < sameMs) return;
       log.warn({ reason }, 'second signal: leaving at once');
       process.exit(1);
     }
-    stopping = true;
-    first = { reason, ms: Date.now() };
+    stopping = { reason, sinceMs: Date.now() };
     log.info({ reason }, 'stopping');
     if (!running) process.exit(0);
     running.stop().then(

@@ -2,7 +2,7 @@ import type { Logger } from 'pino';
 import { backoffMs } from '../shared/backoff.ts';
 import { RivuletError } from '../shared/errors.ts';
 import type { Attempt, Begun, GenerationStore, Terminal } from '../shared/generation-store.ts';
-import type { ChatPayload, Usage } from '../shared/protocol.ts';
+import { type ChatPayload, isOpenStatus, type Usage } from '../shared/protocol.ts';
 import { retrying } from '../shared/redis.ts';
 import type { QueuedRequest, RequestQueue } from '../shared/request-queue.ts';
 import { AnswerWriter } from './answer-writer.ts';
@@ -291,10 +291,9 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
       if (record?.status === 'running' && record.attempt === attempt.attempt && record.owner !== worker)
         return writer.hasLog ? 'twin' : 'stale';
       // Ended by a cancel: the entry is still ours to remove. Taken over: the script finds it is not.
-      const ended =
-        !record || record.status === 'cancelled' || record.status === 'done' || record.status === 'failed';
+      const ended = !record || !isOpenStatus(record.status);
       if (ended) await queue.ack(request, worker);
-      const isForgotten = record !== null && !ended && record.attempt <= attempt.attempt;
+      const isForgotten = !ended && record.attempt <= attempt.attempt;
       logger().info(
         { attempt: attempt.attempt, status: record?.status ?? 'gone', owner: record?.owner },
         isForgotten ? 'attempt given up: it could not be compared with Redis' : 'attempt replaced',

@@ -1,11 +1,10 @@
 import type { Logger } from 'pino';
 import { ERRORS, type ErrorCode, RivuletError } from '../../shared/errors.ts';
 import { CLOSE, parseUserId } from '../../shared/protocol.ts';
-import { describeError, isConnectionError } from '../../shared/redis.ts';
 import { type Authenticate, readBearer, whenExpired } from '../authenticate.ts';
 import type { GatewayMetrics } from '../metrics.ts';
 import type { AddressLimit, FrameRates, Rated } from '../rate-limits.ts';
-import { type ClientConnection, closeCodeFor, STRIKES } from '../session.ts';
+import { type ClientConnection, closeCodeFor, logFrameFailure, STRIKES } from '../session.ts';
 import type { AiDesk, AiStream, Sink } from './ai-desk.ts';
 import type { AiDoor, AiGuest } from './ai-door.ts';
 import { type AiFrameOf, conversationOf, parseAiFrame, readQuestion } from './questions.ts';
@@ -169,11 +168,7 @@ export class AiSession implements Rated, AiGuest {
           if (error.code === 'banned' || error.code === 'locked')
             this.connection.close(CLOSE.banned, error.message);
         } else {
-          const { log } = this.parts;
-          const facts = { user: this.userId, frame: frame.type };
-          if (isConnectionError(error))
-            log.warn({ ...facts, err: describeError(error) }, 'frame failed: redis is away');
-          else log.error({ ...facts, err: error }, 'frame failed');
+          logFrameFailure(this.parts.log, { user: this.userId, frame: frame.type }, error);
           this.fail(frame.requestId, 'internal');
         }
       }

@@ -58,19 +58,20 @@ export async function startSentinelSet({
     args: [...common, '--replicaof', `127.0.0.1 ${first.port}`],
   });
   const servers: [RedisServer, RedisServer] = [first, second];
-  const children: { child: ChildProcess; release: () => void; port: number }[] = [];
+  const children: { child: ChildProcess; release: () => void; port: number; logFile: string }[] = [];
   for (let index = deaf ? -1 : 0; index < 3; index++) {
     const port = await freePort();
     const own = join(dir, `s${index}`);
     mkdirSync(own);
     const file = join(own, 'sentinel.conf');
+    const logFile = join(own, 'sentinel.log');
     writeFileSync(
       file,
       [
         `port ${port}`,
         'bind 127.0.0.1',
         `dir ${own}`,
-        `logfile ${join(own, 'sentinel.log')}`,
+        `logfile ${logFile}`,
         `sentinel monitor ${NAME} 127.0.0.1 ${first.port} 2`,
         `sentinel down-after-milliseconds ${NAME} ${downAfterMs}`,
         `sentinel failover-timeout ${NAME} 6000`,
@@ -84,7 +85,7 @@ export async function startSentinelSet({
       stdio: 'ignore',
       detached: true,
     });
-    children.push({ child, release: endWithThisProcess(child.pid!), port });
+    children.push({ child, release: endWithThisProcess(child.pid!), port, logFile });
   }
   const asks = children.slice(deaf ? 1 : 0).map(
     ({ port }) =>
@@ -146,8 +147,8 @@ export async function startSentinelSet({
       }
     },
     decisions() {
-      return children.flatMap((_, index) =>
-        readFileSync(join(dir, `s${deaf ? index - 1 : index}`, 'sentinel.log'), 'utf8')
+      return children.flatMap(({ logFile }, index) =>
+        readFileSync(logFile, 'utf8')
           .split('\n')
           .filter((line) => DECISIONS.test(line))
           .map((line) => `sentinel ${index + 1}: ${line.replace(/^\S+ \d+ \w+ \d+ /, '')}`),

@@ -19,16 +19,42 @@ function pretendToRun(node: string, writer: object | null): RunningRequest {
   return { request, since: Date.now(), attempt: 1, writer } as unknown as RunningRequest;
 }
 
-test('a node whose server is silent does not hold up the leases of the others', async () => {
+/** Starts the loops with what a test needs of their parts. `end` resolves when they have ended. */
+function keep(parts: object) {
   const stop = new AbortController();
-  let answer = () => {};
-  const extended: string[] = [];
+  let listener = () => {};
   const ended = keepLeases({
     worker: 'w',
-    leaseMs: 30,
+    leaseMs: 3_600_000,
     timeoutMs: 3_600_000,
     running: () => ['n1', 'n2'].map((node) => pretendToRun(node, null)),
-    redis: { onReconnect: () => () => {}, batch: async () => [] },
+    redis: {
+      onReconnect(wanted: () => void) {
+        listener = wanted;
+        return () => {};
+      },
+      batch: async () => [],
+    },
+    queue: {},
+    store: {},
+    log,
+    signal: stop.signal,
+    ...parts,
+  } as unknown as Parameters<typeof keepLeases>[0]);
+  return {
+    reconnect: () => listener(),
+    end() {
+      stop.abort();
+      return ended;
+    },
+  };
+}
+
+test('a node whose server is silent does not hold up the leases of the others', async () => {
+  let answer = () => {};
+  const extended: string[] = [];
+  const leases = keep({
+    leaseMs: 30,
     queue: {
       async extend(node: string) {
         extended.push(node);
@@ -36,12 +62,9 @@ test('a node whose server is silent does not hold up the leases of the others', 
         return [];
       },
     },
-    store: {},
-    log,
-    signal: stop.signal,
-  } as unknown as Parameters<typeof keepLeases>[0]);
+  });
   await eventually('the other node', () => extended.includes('n2'));
-  stop.abort();
+  const ended = leases.end();
   answer();
   await ended;
 });
@@ -60,21 +83,8 @@ test('leases are not extended with a long patience: the loop comes back anyway',
 });
 
 test('leases are extended as soon as Redis is back, those of one node also when another fails', async () => {
-  const stop = new AbortController();
-  let reconnect = () => {};
   const extended: string[] = [];
-  const ended = keepLeases({
-    worker: 'w',
-    leaseMs: 3_600_000,
-    timeoutMs: 3_600_000,
-    running: () => ['n1', 'n2'].map((node) => pretendToRun(node, null)),
-    redis: {
-      onReconnect(listener: () => void) {
-        reconnect = listener;
-        return () => {};
-      },
-      batch: async () => [],
-    },
+  const leases = keep({
     queue: {
       async extend(node: string) {
         extended.push(node);
@@ -82,54 +92,32 @@ test('leases are extended as soon as Redis is back, those of one node also when 
         return [];
       },
     },
-    store: {},
-    log,
-    signal: stop.signal,
-  } as unknown as Parameters<typeof keepLeases>[0]);
-  reconnect();
+  });
+  leases.reconnect();
   // The pause between two batches is a twelfth of an hour here.
   await eventually('both batches', () => extended.length === 2);
   assert.deepEqual(extended, ['n1', 'n2']);
-  stop.abort();
-  await ended;
+  await leases.end();
 });
 
 test('when Redis comes back during a round, the rest goes at once, and all of it again', async () => {
-  const stop = new AbortController();
-  let reconnect = () => {};
   const extended: string[] = [];
-  const ended = keepLeases({
-    worker: 'w',
-    leaseMs: 3_600_000,
-    timeoutMs: 3_600_000,
-    running: () => ['n1', 'n2'].map((node) => pretendToRun(node, null)),
-    redis: {
-      onReconnect(listener: () => void) {
-        reconnect = listener;
-        return () => {};
-      },
-      batch: async () => [],
-    },
+  const leases = keep({
     queue: {
       async extend(node: string) {
         extended.push(node);
-        if (extended.length === 1) reconnect();
+        if (extended.length === 1) leases.reconnect();
         return [];
       },
     },
-    store: {},
-    log,
-    signal: stop.signal,
-  } as unknown as Parameters<typeof keepLeases>[0]);
-  reconnect();
+  });
+  leases.reconnect();
   await eventually('two rounds', () => extended.length === 4);
   assert.deepEqual(extended, ['n1', 'n2', 'n1', 'n2']);
-  stop.abort();
-  await ended;
+  await leases.end();
 });
 
 test('an answer is not called lost that has ended here, or of which Redis does not tell', async () => {
-  const stop = new AbortController();
   const lost: string[] = [];
   const quiet = { fenced: false, lastAppendMs: 0 };
   const check = () => void lost.push('checked');
@@ -138,25 +126,17 @@ test('an answer is not called lost that has ended here, or of which Redis does n
     request: { user: name },
     lose: () => void lost.push(name),
   }));
-  const ended = keepLeases({
-    worker: 'w',
-    leaseMs: 3_600_000,
-    timeoutMs: 3_600_000,
+  const leases = keep({
     running: () => running,
-    redis: { onReconnect: () => () => {}, batch: async () => [] },
-    queue: {},
     store: {
       inspectAll: async (list: { user: string }[]) =>
         list.map(({ user }) =>
           user === 'unknown' ? new Error('away') : { status: 'done', attempt: 1, owner: 'w' },
         ),
     },
-    log,
-    signal: stop.signal,
-  } as unknown as Parameters<typeof keepLeases>[0]);
+  });
   await eventually('a look', () => lost.length > 0);
-  stop.abort();
-  await ended;
+  await leases.end();
   assert.deepEqual([...new Set(lost)], ['open']);
 });
 

@@ -1,6 +1,6 @@
 import assert from 'node:assert/strict';
 import { execFileSync } from 'node:child_process';
-import { test } from 'node:test';
+import { type TestContext, test } from 'node:test';
 import { createWorkerPool } from '../../infra/worker-pool.ts';
 import { createLogger } from '../../shared/logger.ts';
 import { eventually } from '../helpers/eventually.ts';
@@ -14,7 +14,8 @@ const createPool = () =>
     log: createLogger('silent', {}),
   });
 
-test('a worker that hangs is killed and replaced', { timeout: 20_000 }, async (t) => {
+/** A pool with one worker that does nothing, like one with a handler in an endless loop; the clock is ours. */
+function startHung(t: TestContext) {
   t.mock.timers.enable({ apis: ['Date'], now: 1_000_000 });
   const pool = createPool();
   t.after(() => {
@@ -23,7 +24,12 @@ test('a worker that hangs is killed and replaced', { timeout: 20_000 }, async (t
   });
   pool.adjust(1, new Map(), true);
   const [pid] = pool.pids as [number];
-  process.kill(pid, 'SIGSTOP'); // like a handler in an endless loop
+  process.kill(pid, 'SIGSTOP');
+  return { pool, pid };
+}
+
+test('a worker that hangs is killed and replaced', { timeout: 20_000 }, async (t) => {
+  const { pool, pid } = startHung(t);
   const look = (running: Map<number, number>, isCurrent = true) => {
     t.mock.timers.tick(1_000);
     pool.adjust(1, running, isCurrent);
@@ -46,15 +52,7 @@ test('a worker that hangs is killed and replaced', { timeout: 20_000 }, async (t
 });
 
 test('a worker that hangs before it is up is killed and replaced', { timeout: 20_000 }, async (t) => {
-  t.mock.timers.enable({ apis: ['Date'], now: 1_000_000 });
-  const pool = createPool();
-  t.after(() => {
-    for (const left of pool.pids) process.kill(left, 'SIGKILL');
-    return pool.stop();
-  });
-  pool.adjust(1, new Map(), true);
-  const [pid] = pool.pids as [number];
-  process.kill(pid, 'SIGSTOP');
+  const { pool, pid } = startHung(t);
   const look = (seconds: number, isCurrent = true) => {
     for (let second = 0; second < seconds; second++) {
       t.mock.timers.tick(1_000);
