@@ -4,6 +4,7 @@ import { parseArgs } from 'node:util';
 import { describeMachine, installPeers } from './environment.ts';
 import { drawSvg, formatTable, summarize, type WorkloadResult } from './report.ts';
 import { RIVULET_SETTINGS, SYSTEMS, type SystemName } from './systems.ts';
+import { formatTargets } from './targets.ts';
 import { type Context, WORKLOADS, type Workload } from './workloads.ts';
 
 /**
@@ -16,7 +17,7 @@ const HELP = `Usage: npm run bench [-- options]
   --short              about a minute: Rivulet and the control only, short runs of a, b and c
   --workload a,b,…     letters (a–g) or names; all by default
   --systems a,b,…      ${Object.keys(SYSTEMS).join(', ')}
-  --rounds N           rounds of each workload (5)
+  --rounds N           rounds of each workload (5; all of it takes about 40 minutes a round)
   --json PATH          writes every number there (.rivulet/bench.json)
   --svg PATH           writes the plot there (.rivulet/bench.svg)
   --profile DIR        writes CPU profiles of gateways and workers there
@@ -80,6 +81,8 @@ async function main(args: string[]): Promise<number> {
     console.log(`\n${formatTable(result)}`);
     save(); // after each, so that a broken-off run keeps what it has
   }
+  const targets = formatTargets(results);
+  if (targets && !values.short) console.log(`\n${targets}`);
   const broken = results.some(({ failures }) => failures.has('rivulet') || failures.has('control'));
   return broken ? 1 : 0;
 }
@@ -97,10 +100,9 @@ async function runWorkload(
     rounds: new Map(names.map((name) => [name, []])),
     failures: new Map(),
   };
-  const times = Math.min(rounds, workload.mostRounds ?? rounds);
-  for (let round = 1; round <= times; round++) {
+  for (let round = 1; round <= rounds; round++) {
     for (const name of names) {
-      context.say(`${workload.id} ${round}/${times} ${name}`);
+      context.say(`${workload.id} ${round}/${rounds} ${name}`);
       try {
         result.rounds.get(name)!.push(await workload.run(name, context));
       } catch (error) {

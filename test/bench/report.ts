@@ -14,7 +14,7 @@ export function summarize(rounds: Numbers[], key: string): Spread {
   return spread(rounds.map((numbers) => numbers[key] ?? Number.NaN));
 }
 
-function format(value: number, digits = 0): string {
+export function format(value: number, digits = 0): string {
   if (!Number.isFinite(value)) return '–';
   return value.toLocaleString('en', { minimumFractionDigits: digits, maximumFractionDigits: digits });
 }
@@ -44,26 +44,28 @@ export function formatTable({ workload, rounds, failures }: WorkloadResult): str
           2,
         )}×`,
   ]);
-  const widths = header.map((_, column) =>
-    Math.max(...[header, ...rows].map((row) => [...row[column]!].length)),
-  );
-  const line = (row: string[]) =>
+  return [
+    `(${workload.letter}) ${workload.id}: ${workload.title}`,
+    ...alignColumns([header, ...rows]),
+    ...noise(rounds),
+    ...[...failures].flatMap(([name, reasons]) =>
+      reasons.map((reason) => `  ! ${SYSTEMS[name].title}: ${reason.split('\n')[0]}`),
+    ),
+  ].join('\n');
+}
+
+/** Lines of a table: the first column to the left, the others to the right. */
+export function alignColumns(rows: string[][]): string[] {
+  const widths = rows[0]!.map((_, column) => Math.max(...rows.map((row) => [...row[column]!].length)));
+  return rows.map((row) =>
     row
       .map((cell, column) => {
         const space = ' '.repeat(widths[column]! - [...cell].length);
         return column === 0 ? cell + space : space + cell;
       })
       .join('  ')
-      .trimEnd();
-  return [
-    `(${workload.letter}) ${workload.id}: ${workload.title}`,
-    line(header),
-    ...rows.map(line),
-    ...noise(rounds),
-    ...[...failures].flatMap(([name, reasons]) =>
-      reasons.map((reason) => `  ! ${SYSTEMS[name].title}: ${reason.split('\n')[0]}`),
-    ),
-  ].join('\n');
+      .trimEnd(),
+  );
 }
 
 const NOISE_CORES = 0.2;
