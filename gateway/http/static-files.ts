@@ -3,7 +3,7 @@ import { extname } from 'node:path';
 import { stop, transform } from 'esbuild';
 import type { HttpAnswer } from '../socket-server.ts';
 
-/** The web page's files, read once at start; `client.js` is shared/client.ts without its types. */
+/** The web page's files, read once at start; `client.js` is shared/client.ts without its types, `markdown-it.js` a library. */
 const TYPES: Record<string, string> = {
   '.html': 'text/html; charset=utf-8',
   '.css': 'text/css; charset=utf-8',
@@ -40,5 +40,7 @@ export async function loadStaticFiles(): Promise<Map<string, HttpAnswer>> {
   const { code } = await transform(client, { loader: 'ts', format: 'esm', target: 'es2022' });
   await stop(); // its process has nothing more to do here
   add('/client.js', TYPES['.js']!, code);
+  const markdownIt = import.meta.resolve('markdown-it/browser');
+  add('/markdown-it.js', TYPES['.js']!, readFileSync(new URL(markdownIt)));
   return files;
 }

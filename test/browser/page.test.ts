@@ -254,6 +254,15 @@ test('Markdown: blocks are built once, and hostile sizes stay quick', async (t) 
       '',
       '---',
       'https://example.com/x?y=1).',
+      '',
+      'so',
+      '| a | b |',
+      '|---|--:|',
+      '| `x` | ~~y~~ |',
+      '',
+      '1. z',
+      '',
+      '   w',
     ].join('\n');
     const box = document.createElement('div');
     const view = createMarkdownView(box);
@@ -263,9 +272,37 @@ test('Markdown: blocks are built once, and hostile sizes stay quick', async (t) 
     const html = box.innerHTML;
     const kept = box.firstElementChild === first;
     const started = performance.now();
-    for (const piece of ['`', '*', '**a', '[', '[a](', '_a ', '> ', '- ', '\\', 'http://', '``` ', '# '])
+    const pieces = [
+      '`',
+      '*',
+      '**a',
+      'a**',
+      '[',
+      '[a](',
+      '![[',
+      '_a ',
+      '>',
+      '> ',
+      '- ',
+      '\\',
+      'http://',
+      '``` ',
+      '# ',
+      '|',
+      ' ',
+    ];
+    for (const piece of pieces)
       createMarkdownView(document.createElement('div')).update(piece.repeat(40_000 / piece.length));
-    return { html, kept, ms: performance.now() - started };
+    const whole = document.createElement('div');
+    createMarkdownView(whole).update(text.replaceAll('\n', '\r\n'));
+    view.update('Something *else*');
+    return {
+      html,
+      kept,
+      same: whole.innerHTML === html,
+      anew: box.textContent,
+      ms: performance.now() - started,
+    };
   });
   assert.ok(result.kept);
   assert.equal(
@@ -274,9 +311,44 @@ test('Markdown: blocks are built once, and hostile sizes stay quick', async (t) 
       '<ul><li>a</li><li>b<ul><li>c</li></ul></li></ul><ol start="3"><li>x</li></ol>' +
       '<div class="code"><pre tabindex="0"><code>if (a &lt; b) **no**</code></pre></div>' +
       '<blockquote><p>quoted</p></blockquote><hr>' +
-      '<p><a href="https://example.com/x?y=1" target="_blank" rel="noopener noreferrer nofollow">https://example.com/x?y=1</a>).</p>',
+      '<p><a href="https://example.com/x?y=1" target="_blank" rel="noopener noreferrer nofollow">https://example.com/x?y=1</a>).</p>' +
+      '<p>so</p><div class="table" tabindex="0"><table><thead><tr><th>a</th><th style="text-align: right;">b</th></tr></thead>' +
+      '<tbody><tr><td><code>x</code></td><td style="text-align: right;"><s>y</s></td></tr></tbody></table></div>' +
+      '<ol><li><p>z</p><p>w</p></li></ol>',
   );
+  assert.ok(result.same, 'read at once it looks the same');
+  assert.equal(result.anew, 'Something else');
   assert.ok(result.ms < 5_000, `${Math.round(result.ms)} ms`);
+});
+
+test('Markdown: a fence names its language, and backticks after backticks are inline code', async (t) => {
+  const page = await openPage(t);
+  const texts = [
+    ['```  ts title\nlet a;\n```', 'ts|let a;'],
+    ['```\na', 'code|a'],
+    ['~~~ c++ `x`\na\n~~~', 'c++|a'],
+    ['````\n```\n````', 'code|```'],
+    ['``` a ` b', 'p'],
+    ['```a```', 'p'],
+    ['[x](ftp://example.com) [y](//example.com)', 'p'],
+  ];
+  const shown = await page.evaluate(async (list) => {
+    const path = '/markdown.js';
+    const { createMarkdownView } = await import(path);
+    return list.map(([text]) => {
+      const box = document.createElement('div');
+      createMarkdownView(box).update(text);
+      const name = box.querySelector('.code-head span')?.textContent;
+      const links = box.querySelectorAll('a').length;
+      return name
+        ? `${name}|${box.querySelector('pre')!.textContent}`
+        : box.firstElementChild!.localName + (links || '');
+    });
+  }, texts);
+  assert.deepEqual(
+    shown,
+    texts.map(([, wanted]) => wanted),
+  );
 });
 
 test('two tabs of one user: both follow the answer', async (t) => {
