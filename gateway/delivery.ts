@@ -18,6 +18,10 @@ import { takeAnswers } from '../shared/redis.ts';
  *
  * Cost: one small object a subscription, no timer of its own. `heal` looks after subscriptions that have been
  * silent for a while, so that a lost last frame, or a generation that is gone, is noticed.
+ *
+ * After a failover Redis may know less of an answer than its clients have seen. Mostly its worker puts that back, and
+ * goes on. But where nobody remembers it, another attempt of the same number writes another text under the same ids: then
+ * what comes next is a double or a gap, and the client is given the whole log, after a `resumed` that tells it so.
  */
 
 const HELD_FRAMES = 32;
@@ -28,6 +32,7 @@ const MOST_PAGE = 500;
 const LEAST_PAGE = 8;
 const PAGE_UNITS = 131_072; // what a page should hold at the most: half of what makes a client slow
 const DOUBTFUL_MS = 8_000; // patience after 6 s of silence: then its request is looked for in its stream
+const NOWHERE = '0-0'; // an id that no log has
 const HEAL_BATCH = 500; // log tops that one round trip asks for
 
 /** What delivery needs of whoever follows a generation. */
@@ -62,6 +67,8 @@ export interface Subscription {
   /** Set for a chat that was asked here, until it ends: hears of the first token and of the end. */
   watch: AnswerWatch | null;
   missing: number;
+  /** Its log was found to be shorter than what the client has seen. */
+  forgotten: boolean;
   state: 'held' | 'live' | 'reading' | 'stalled' | 'ended';
   held: { before: string; id: string; end: boolean; frame: string }[];
   more: boolean;
@@ -123,6 +130,7 @@ export function createDelivery(parts: {
           else send(subscription, id, end, frame);
         } else if (compareFrameIds(id, subscription.position) <= 0) {
           counters.doubled();
+          if (subscription.forgotten) void read(subscription);
         } else {
           counters.healed();
           void read(subscription);
@@ -173,6 +181,7 @@ export function createDelivery(parts: {
   async function read(subscription: Subscription): Promise<void> {
     subscription.state = 'reading';
     try {
+      if (subscription.forgotten && !(await stillThere(subscription, true))) return;
       for (;;) {
         subscription.more = false;
         const { user, messageId, position } = subscription;
@@ -204,33 +213,30 @@ export function createDelivery(parts: {
     setTimeout(() => look().catch(() => {}), 2 * ROUTES_MS).unref(); // on an error, `heal` sees to it
   }
 
-  /** The log had nothing for us: it may have expired after the end, or be gone altogether. */
-  async function stillThere(subscription: Subscription): Promise<boolean> {
-    const attached = await store.attach(
-      subscription.user,
-      subscription.messageId,
-      node,
-      subscription.position,
-    );
+  /**
+   * The log had nothing for us: it may have expired after the end, or be gone altogether.
+   * @param anew the client is given all of the last attempt again
+   */
+  async function stillThere(subscription: Subscription, anew = false): Promise<boolean> {
+    const { user, messageId, position } = subscription;
+    const attached = await store.attach(user, messageId, node, anew ? NOWHERE : position);
     if (!isOpen(subscription)) return false;
     if (attached.state === 'unknown') {
       lose(subscription);
       return false;
     }
-    if (!attached.whole) {
-      const ended = !isOpenStatus(attached.status);
-      if (ended && attached.entries.length === 0) {
-        lose(subscription); // its log is gone, and with it the end that we have not seen
-        return false;
-      }
-      return sendEntries(subscription, attached.entries);
+    const ended = !isOpenStatus(attached.status);
+    subscription.forgotten = !anew && !attached.whole && !ended && !attached.recovered;
+    if (ended && !attached.whole && attached.entries.length === 0) {
+      lose(subscription); // its log is gone, and with it the end that we have not seen
+      return false;
     }
-    // It ended, and its record holds it. What this client has of it may be in the middle: then it replays.
-    if (!attached.recovered) {
+    // What this client has of it may be in the middle of a text that is whole now, or be of another one: it replays.
+    if (!attached.recovered && !subscription.forgotten) {
       subscription.follower.sendText(
         JSON.stringify({
           type: 'resumed',
-          messageId: subscription.messageId,
+          messageId,
           recovered: false,
           compacted: attached.compacted,
           status: attached.status,
@@ -238,6 +244,7 @@ export function createDelivery(parts: {
       );
       subscription.position = '';
     }
+    if (!attached.whole) return sendEntries(subscription, attached.entries);
     for (const entry of attached.entries) send(subscription, entry.id, entry.terminal, entry.frame);
     remove(subscription);
     return false;
@@ -281,6 +288,7 @@ export function createDelivery(parts: {
         watch: null,
         toldPosition: -1,
         missing: 0,
+        forgotten: false,
         state: 'held',
         held: [],
         more: false,
@@ -375,12 +383,19 @@ export function createDelivery(parts: {
       let failure: Error | null = null;
       for (let from = 0; from < silent.length && !stopped; from += HEAL_BATCH) {
         const batch = silent.slice(from, from + HEAL_BATCH);
+        const shown = batch.map(({ position }) => position); // more may come while we ask
         const failed = takeAnswers(await readTops(batch), (top, index) => {
           const subscription = batch[index]!;
           if (subscription.state !== 'live') return;
           subscription.lastMs = Date.now();
           subscription.patienceMs = Math.min(subscription.patienceMs * 2, SILENT_MAX_MS);
-          if (top === null) void read(subscription);
+          const lacks = top !== null && compareFrameIds(top, shown[index]!) < 0;
+          if (top === null || (lacks && subscription.forgotten)) {
+            void read(subscription); // its worker has had the time to put back what it lacks
+            return;
+          }
+          subscription.forgotten ||= lacks;
+          if (top === subscription.position) subscription.forgotten = false;
           else if (top !== '' && compareFrameIds(top, subscription.position) > 0) {
             counters.healed();
             void read(subscription);

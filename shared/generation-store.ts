@@ -8,7 +8,7 @@ import {
   type LogFrame,
   type Usage,
 } from './protocol.ts';
-import { type Command, type RedisConnection, retrying } from './redis.ts';
+import { type Command, PATIENT, type RedisConnection, retrying } from './redis.ts';
 import { publishArguments, type ReplyLines } from './reply-stream.ts';
 import { GROUP, REQUEST_PAYLOAD_BYTES } from './request-queue.ts';
 import { quote } from './short-text.ts';
@@ -80,11 +80,12 @@ export interface GenerationRecord {
   attempt: number;
   owner: string;
   node: string;
-  beatMs: number;
 }
 
 export type Begun =
-  | { state: 'missing' | 'terminal' | 'duplicate' }
+  | { state: 'missing' | 'terminal' }
+  /** Another entry of the same request is being worked on; `leaseMs` is left of that. */
+  | { state: 'duplicate'; leaseMs: number }
   | {
       state: 'run' | 'exhausted';
       attempt: number;
@@ -118,7 +119,8 @@ export interface Attempt {
   user: string;
   messageId: string;
   attempt: number;
-  worker: string;
+  /** Who runs it: one run of one worker. What the same worker began again after a failover is somebody else's. */
+  owner: string;
   /** Its request: the node's stream, and the entry there. */
   node: string;
   entry: string;
@@ -317,29 +319,41 @@ export function createGenerationStore({
       return replies.map(([error, value]) => error ?? readRecord(value));
     },
 
-    /** Opens the next attempt. Repeating it after a lost connection opens one more, which is harmless. */
+    /** Opens the next attempt, one for each owner. Safe to repeat. */
     async begin(options: {
       user: string;
       messageId: string;
       node: string;
       entry: string;
-      worker: string;
+      owner: string;
       maxTries: number;
       leaseMs: number;
+      /** Also while somebody else is working on it. */
+      above?: boolean;
     }): Promise<Begun> {
       const { user, messageId } = options;
-      const reply = (await retrying(() =>
-        redis.script(
-          'begin',
-          [keys.generation(user, messageId), keys.log(user, messageId)],
-          [carrierOf(options), options.worker, options.maxTries, options.leaseMs, OPEN_RECORD_MS],
-        ),
+      const reply = (await retrying(
+        () =>
+          redis.script(
+            'begin',
+            [keys.generation(user, messageId), keys.log(user, messageId)],
+            [
+              carrierOf(options),
+              options.owner,
+              options.maxTries,
+              options.leaseMs,
+              OPEN_RECORD_MS,
+              options.above ? 1 : 0,
+            ],
+          ),
+        PATIENT,
       )) as [string, number, number, string, string, string, string];
       switch (reply[0]) {
         case 'missing':
         case 'terminal':
-        case 'duplicate':
           return { state: reply[0] };
+        case 'duplicate':
+          return { state: 'duplicate', leaseMs: reply[1] };
         case 'run':
         case 'exhausted':
           return {
@@ -366,9 +380,9 @@ export function createGenerationStore({
       text: string | null,
       publish: { node: string; frames: ReplyLines[] } | null = null,
     ): Command {
-      const { user, messageId, worker } = attempt;
+      const { user, messageId, owner } = attempt;
       const recordKeys = [keys.generation(user, messageId), keys.log(user, messageId)];
-      const log = [carrierOf(attempt), worker, OPEN_RECORD_MS, text === null ? 0 : 1, text ?? ''];
+      const log = [carrierOf(attempt), owner, OPEN_RECORD_MS, text === null ? 0 : 1, text ?? ''];
       if (!publish) return redis.scriptCommand('open_first', recordKeys, log);
       const { key, rest } = publishArguments(keys, publish.node, publish.frames);
       return redis.scriptCommand('open_first', [...recordKeys, key], [...log, publish.node, ...rest]);
@@ -431,7 +445,7 @@ export function createGenerationStore({
         [keys.generation(user, messageId), keys.log(user, messageId)],
         [
           attempt.attempt,
-          attempt.worker,
+          attempt.owner,
           carrierOf(attempt),
           OPEN_RECORD_MS,
           ...texts.flatMap((text, index) => [index + 1, text]),
@@ -466,7 +480,7 @@ export function createGenerationStore({
       ];
       const end = [
         attempt.attempt,
-        attempt.worker,
+        attempt.owner,
         messageId,
         type,
         seq > 1 ? `${attempt.attempt}-${seq - 1}` : '',
@@ -506,12 +520,14 @@ export function createGenerationStore({
 
     /** Gives an attempt up for a later one. False when it is not ours any more. */
     async release(attempt: Attempt, countsAsTry: boolean): Promise<boolean> {
-      const released = await retrying(() =>
-        redis.script(
-          'release',
-          [keys.generation(attempt.user, attempt.messageId)],
-          [attempt.attempt, attempt.worker, countsAsTry ? 1 : 0],
-        ),
+      const released = await retrying(
+        () =>
+          redis.script(
+            'release',
+            [keys.generation(attempt.user, attempt.messageId)],
+            [attempt.attempt, attempt.owner, countsAsTry ? 1 : 0],
+          ),
+        PATIENT,
       );
       return released === 1;
     },
@@ -521,7 +537,7 @@ export function createGenerationStore({
       return redis.scriptCommand(
         'beat',
         [keys.generation(attempt.user, attempt.messageId)],
-        [attempt.attempt, attempt.worker],
+        [attempt.attempt, attempt.owner],
       );
     },
 
@@ -589,18 +605,17 @@ export function createGenerationStore({
 type RawEntry = [id: string, fields: string[]];
 
 function recordCommand(keys: Keys, { user, messageId }: { user: string; messageId: string }): Command {
-  return ['hmget', keys.generation(user, messageId), 'status', 'attempt', 'owner', 'node', 'beat'];
+  return ['hmget', keys.generation(user, messageId), 'status', 'attempt', 'owner', 'node'];
 }
 
 function readRecord(reply: unknown): GenerationRecord | null {
-  const [status, attempt, owner, node, beat] = reply as (string | null)[];
+  const [status, attempt, owner, node] = reply as (string | null)[];
   if (!status) return null;
   return {
     status: status as GenerationStatus,
     attempt: Number(attempt),
     owner: owner ?? '',
     node: node ?? '',
-    beatMs: Number(beat ?? 0),
   };
 }
 

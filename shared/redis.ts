@@ -154,6 +154,9 @@ export function describeError(error: unknown): string {
   return error instanceof Error ? error.message : String(error);
 }
 
+/** For `retrying`, where giving up costs a request its worker until the lease is over: longer than a failover. */
+export const PATIENT = { deadlineMs: 120_000 };
+
 /**
  * Repeats an idempotent step while the connection is the trouble, with a growing pause.
  * @throws the last error after `deadlineMs`, or at once for any other error or when `signal` aborts

@@ -1,5 +1,5 @@
 import type { Keys } from './keys.ts';
-import { type RedisConnection, retrying } from './redis.ts';
+import { PATIENT, type RedisConnection, retrying } from './redis.ts';
 
 /**
  * The request streams: one per node, read by all workers through one group. Entries are small carriers (`user`,
@@ -53,8 +53,8 @@ export interface RequestQueue {
     worker: string,
     letter: { attempts: number; lastAttempt: number; code: string; reason: string; payload: string },
   ): Promise<boolean>;
-  /** Returns how many moved, and ms until the next is due (-1 none). */
-  promoteDue(node: string, most: number): Promise<{ moved: number; nextMs: number }>;
+  /** Moves due retries back into the stream; returns how many. */
+  promoteDue(node: string, most: number): Promise<number>;
   /** Extends the leases on one node; returns the entries that are not ours any more. */
   extend(node: string, worker: string, entries: string[]): Promise<string[]>;
   /** Requests waiting, running and backing off, over these nodes. */
@@ -130,12 +130,14 @@ export function createRequestQueue({ redis, keys }: { redis: RedisConnection; ke
       await retrying(() => redis.client.call(...claim));
     },
     async retryLater(request, worker, delayMs) {
-      const moved = await retrying(() =>
-        redis.script(
-          'retry_later',
-          [keys.requests(request.node), keys.retries(request.node)],
-          [GROUP, worker, request.entry, request.user, request.messageId, Math.round(delayMs)],
-        ),
+      const moved = await retrying(
+        () =>
+          redis.script(
+            'retry_later',
+            [keys.requests(request.node), keys.retries(request.node)],
+            [GROUP, worker, request.entry, request.user, request.messageId, Math.round(delayMs)],
+          ),
+        PATIENT,
       );
       return moved === 1;
     },
@@ -163,12 +165,7 @@ export function createRequestQueue({ redis, keys }: { redis: RedisConnection; ke
       return written === 1;
     },
     async promoteDue(node, most) {
-      const [moved, nextMs] = (await redis.script(
-        'promote',
-        [keys.requests(node), keys.retries(node)],
-        [most],
-      )) as [number, number];
-      return { moved, nextMs };
+      return (await redis.script('promote', [keys.requests(node), keys.retries(node)], [most])) as number;
     },
     async extend(node, worker, entries) {
       // Not repeated: whoever holds a lease asks again soon.

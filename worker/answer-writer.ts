@@ -15,7 +15,7 @@ import {
   type Terminal,
   tokenHead,
 } from '../shared/generation-store.ts';
-import { isConnectionError } from '../shared/redis.ts';
+import { isConnectionError, PATIENT } from '../shared/redis.ts';
 import { addressHead, encodeLines, type ReplyLines } from '../shared/reply-stream.ts';
 import { byteLength } from '../shared/short-text.ts';
 import type { Appender } from './appender.ts';
@@ -29,7 +29,7 @@ import type { Appender } from './appender.ts';
  * end of the turn. An answer that is complete by then begins and ends in one step, and needs no log at all.
  *
  * States: (expected →) open → (an append failed) mending → open | fenced; open → ended. An expected one may turn out to
- * be stale: no first attempt, and nothing of it was written. A refusal is read, not guessed: mending asks Redis who owns
+ * be stale: Redis says that it is no first attempt, and has written nothing of it. A refusal is read, not guessed: mending asks Redis who owns
  * the log, appends again what it lacks, and only then says "fenced".
  * Memory: the attempt's whole text, because a failover may take any of it from the log.
  */
@@ -37,7 +37,6 @@ import type { Appender } from './appender.ts';
 const COALESCE_MS = 20; // upper bound that an append in flight may hold text back; about one token's pace
 const FRAME_UNITS = 16_384; // of one frame: what a slow client has at hand is whole frames
 const MOST_IN_FLIGHT = 8; // whole frames of one answer on their way
-const MEND_DEADLINE_MS = 120_000; // longer than a failover; then the lease decides
 
 export class AnswerWriter {
   readonly attempt: Attempt;
@@ -55,6 +54,8 @@ export class AnswerWriter {
   private publishedSeq = 0;
   /** The attempt has begun and has its log. Until then at most one append is in flight: the one that does that. */
   private opened = false;
+  /** What would open it was sent, and its answer lost: clients may have been shown what a failover has forgotten. */
+  private openedPerhaps = false;
   /** What is in flight was sent in a script: should Redis not know that any more, a later append would overtake it. */
   private alone = false;
   private startPublished = false;
@@ -101,6 +102,11 @@ export class AnswerWriter {
   /** Whether its log was ever made, as far as is known here. */
   get hasLog(): boolean {
     return this.opened;
+  }
+
+  /** Whether clients may have been shown some of it. */
+  get mayBeShown(): boolean {
+    return this.opened || this.openedPerhaps;
   }
 
   /** UTF-16 units of the text so far. */
@@ -230,7 +236,7 @@ export class AnswerWriter {
     const { messageId } = this.attempt;
     const { type, ...rest } = terminal;
     const json = JSON.stringify(rest);
-    const deadline = Date.now() + MEND_DEADLINE_MS;
+    const deadline = Date.now() + PATIENT.deadlineMs;
     for (let round = 1; ; round++) {
       while (!this.fenced && (this.inFlight > 0 || this.mending)) await this.changed();
       if (this.fenced) return null;
@@ -405,6 +411,7 @@ export class AnswerWriter {
       this.setFenced();
       return;
     }
+    if (!this.opened) this.openedPerhaps = true;
     this.parts.logger().debug({ seq, err: error?.message }, 'append refused');
     void this.mend(error?.message ?? 'the log is gone');
     this.notify();
@@ -440,7 +447,7 @@ export class AnswerWriter {
   private async compareAndRestore(reason: string): Promise<void> {
     const { store, logger, isLeaving } = this.parts;
     while (this.inFlight > 0 && !this.fenced) await this.changed(); // their answers come first: rejected or not
-    const deadline = Date.now() + MEND_DEADLINE_MS;
+    const deadline = Date.now() + PATIENT.deadlineMs;
     for (let round = 1; !this.fenced; round++) {
       try {
         const restored = await store.restore(this.attempt, this.texts);
@@ -454,7 +461,7 @@ export class AnswerWriter {
           return;
         }
         logger().info({ reason, state: restored.state }, 'attempt lost');
-        this.stale = !this.opened;
+        this.stale = !this.mayBeShown;
         this.setFenced();
         return;
       } catch (error) {

@@ -90,7 +90,9 @@ export function keepLeases(parts: {
     const failure = takeAnswers(records, (record, index) => {
       const running = quiet[index]!;
       const ours =
-        record?.status === 'running' && record.attempt === running.attempt && record.owner === worker;
+        record?.status === 'running' &&
+        record.attempt === running.attempt &&
+        record.owner === running.writer!.attempt.owner;
       if (ours || running.writer!.fenced || running.writer!.isEnded) return;
       if (record === null || record.attempt < running.attempt) running.writer!.check();
       else running.lose();

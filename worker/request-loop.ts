@@ -38,7 +38,6 @@ export function readRequests(parts: {
   /** Settles when there may be room again. */
   roomAgain: () => Promise<void>;
   start: (request: QueuedRequest) => void;
-  onNodes?: (nodes: string[]) => void;
   log: Logger;
   signal: AbortSignal;
 }): RequestSource {
@@ -57,7 +56,6 @@ export function readRequests(parts: {
         if (known.join() !== nodes.join()) {
           log.info({ nodes: known }, 'nodes');
           nodes = known;
-          parts.onNodes?.(known);
           openLoops();
         }
       } catch (error) {

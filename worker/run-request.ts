@@ -3,7 +3,7 @@ import { backoffMs } from '../shared/backoff.ts';
 import { RivuletError } from '../shared/errors.ts';
 import type { Attempt, Begun, GenerationStore, Terminal } from '../shared/generation-store.ts';
 import { type ChatPayload, isOpenStatus, type Usage } from '../shared/protocol.ts';
-import { retrying } from '../shared/redis.ts';
+import { PATIENT, retrying } from '../shared/redis.ts';
 import type { QueuedRequest, RequestQueue } from '../shared/request-queue.ts';
 import { AnswerWriter } from './answer-writer.ts';
 import type { Appender } from './appender.ts';
@@ -28,6 +28,8 @@ const PARTIAL_ATTEMPTS = 5; // that are asked for a partial answer, the last one
 const WHOLE_UNITS = 65_536; // of one piece: a longer one is cut where the answer reaches its bound
 const MAX_REASON = 500; // characters of why it failed
 const TURN_TOKENS = 256; // a model that never waits gives the event loop a turn after so many tokens
+
+let runs = 0; // of this process
 
 export interface RequestParts {
   worker: string;
@@ -121,10 +123,14 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
   async function work(): Promise<Outcome> {
     const { queue, worker } = parts;
     const isFirst = request.payload !== '' && request.deliveries === 1;
-    for (let outcome = isFirst ? await expect() : await begin(); ; outcome = await begin()) {
+    for (
+      let outcome = isFirst ? await expect() : await begin();
+      ;
+      outcome = await begin(outcome === 'twin')
+    ) {
       if (outcome === 'stale') {
         // Somebody may have claimed it while this process stood still: then it is theirs.
-        const lost = await retrying(() => queue.extend(request.node, worker, [request.entry]));
+        const lost = await retrying(() => queue.extend(request.node, worker, [request.entry]), PATIENT);
         if (lost.length > 0) return 'skipped';
       } else if (outcome === 'twin') await queue.takeOver(request, worker);
       else return outcome;
@@ -137,34 +143,48 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
   /** Runs it as the first attempt that it is likely to be. */
   async function expect(): Promise<Outcome | Misjudged> {
     const payload = JSON.parse(request.payload) as ChatPayload;
-    return run({ attempt: 1, tries: 1, payload, trace: request.trace }, (writer) =>
+    const owner = nextOwner();
+    return run({ attempt: 1, tries: 1, payload, trace: request.trace, owner }, (writer) =>
       writer.expect(request.node),
     );
   }
 
-  /** Asks Redis for the next attempt, and runs it. */
-  async function begin(): Promise<Outcome | Misjudged> {
+  /** A name for one run: what the same worker once began, and a failover forgot, is somebody else's. */
+  function nextOwner(): string {
+    return `${parts.worker}/${++runs}`;
+  }
+
+  /** Asks Redis for the next attempt, and runs it. @param above whoever is working on it */
+  async function begin(above = false): Promise<Outcome | Misjudged> {
     const { store, queue, worker, config } = parts;
+    const owner = nextOwner();
     const begun = await store.begin({
       user: request.user,
       messageId: request.messageId,
       node: request.node,
       entry: request.entry,
-      worker,
+      owner,
       maxTries: config.MAX_ATTEMPTS,
       leaseMs: config.LEASE_MS,
+      above,
     });
+    if (begun.state === 'duplicate') {
+      // Not acknowledged: should the other entry be lost, with its worker or by a failover, this one still carries it.
+      await queue.retryLater(request, worker, begun.leaseMs);
+      return 'skipped';
+    }
     if (begun.state !== 'run' && begun.state !== 'exhausted') {
       if (begun.state === 'missing') logger().warn('request without a record: expired or lost; dropped');
       await queue.ack(request, worker);
       return 'skipped';
     }
-    return run(begun, (writer) => writer.started(begun.routes, begun.before));
+    return run({ ...begun, owner }, (writer) => writer.started(begun.routes, begun.before));
   }
 
   /** One attempt, from its first write to its end. */
   async function run(
     begun: Pick<Extract<Begun, { attempt: number }>, 'attempt' | 'tries' | 'payload' | 'trace'> & {
+      owner: string;
       state?: 'run' | 'exhausted';
     },
     open: (writer: AnswerWriter) => void,
@@ -175,7 +195,7 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
       user: request.user,
       messageId: request.messageId,
       attempt: begun.attempt,
-      worker,
+      owner: begun.owner,
       node: request.node,
       entry: request.entry,
     };
@@ -287,9 +307,13 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
 
     async function lost(): Promise<Outcome | Misjudged> {
       if (writer.stale) return 'stale';
-      const record = await store.inspect(request);
-      if (record?.status === 'running' && record.attempt === attempt.attempt && record.owner !== worker)
-        return writer.hasLog ? 'twin' : 'stale';
+      const record = await retrying(() => store.inspect(request), PATIENT);
+      if (
+        record?.status === 'running' &&
+        record.attempt === attempt.attempt &&
+        record.owner !== attempt.owner
+      )
+        return writer.mayBeShown ? 'twin' : 'stale';
       // Ended by a cancel: the entry is still ours to remove. Taken over: the script finds it is not.
       const ended = !record || !isOpenStatus(record.status);
       if (ended) await queue.ack(request, worker);

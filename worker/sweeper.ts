@@ -45,7 +45,7 @@ export function startSweeper(parts: {
 
   async function promote(): Promise<void> {
     await eachInTurn(nodesToSweep(), async (node) => {
-      const { moved } = await queue.promoteDue(node, 100);
+      const moved = await queue.promoteDue(node, 100);
       if (moved > 0) log.info({ node, moved }, 'retries are due');
     });
   }

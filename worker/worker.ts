@@ -92,6 +92,10 @@ export async function startWorker(config: WorkerConfig, handler: Handler, log: L
   });
 
   function start(request: QueuedRequest): void {
+    if (stopReading.signal.aborted) {
+      void giveBack([request]); // a read that was under way brought it
+      return;
+    }
     lastBusy = Date.now();
     const key = `${request.node} ${request.entry}`;
     if (running.has(key)) return; // claimed back after a lapse
@@ -259,7 +263,7 @@ export async function startWorker(config: WorkerConfig, handler: Handler, log: L
   }
 
   const ended = config.EXIT_WHEN_IDLE_MS === undefined ? undefined : idle(config.EXIT_WHEN_IDLE_MS);
-  /** Settles after so long with nothing to do: nothing running here, nothing waiting, no retry to come. */
+  /** Settles after so long with nothing to do: nothing running here, and no request open anywhere. Never once it leaves. */
   async function idle(ms: number): Promise<void> {
     while (!stopReading.signal.aborted) {
       await delay(Math.min(250, ms), undefined, { signal: stopReading.signal }).catch(() => {});
@@ -272,6 +276,7 @@ export async function startWorker(config: WorkerConfig, handler: Handler, log: L
       if (waiting === 0) return;
       lastBusy = Date.now();
     }
+    return new Promise(() => {});
   }
 
   return {

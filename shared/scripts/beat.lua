@@ -1,5 +1,5 @@
 -- Says that an attempt is alive, while it is its worker's.
--- KEYS: 1 record   ARGV: 1 attempt, 2 worker   Returns 1, or 0 when it is not theirs
+-- KEYS: 1 record   ARGV: 1 attempt, 2 owner   Returns 1, or 0 when it is not theirs
 local record = redis.call('HMGET', KEYS[1], 'status', 'attempt', 'owner')
 if record[1] ~= 'running' or record[2] ~= ARGV[1] or record[3] ~= ARGV[2] then return 0 end
 local time = redis.call('TIME')

@@ -1,6 +1,6 @@
 -- Appends a request below the bound of its node. Waiting, running and backing-off requests all count.
 -- KEYS: 1 requests, 2 retries   ARGV: 1 bound, 2 user, 3 message id, 4 trace context or '', 5 payload (JSON) or ''
--- Returns {position} | {position, due ms of the next retry or ''} with no entry when it is full: {-1, length}
+-- Returns {position} | {-1, how many wait} when it is full
 local length = redis.call('XLEN', KEYS[1])
 local waiting = length + redis.call('ZCARD', KEYS[2])
 if waiting >= tonumber(ARGV[1]) then return { -1, waiting } end

@@ -2,7 +2,7 @@
 -- log goes by itself a while later: a stream costs 4.7 KB at the least on Redis 7.0, a field a few bytes. An answer that
 -- was there at once has never begun (see open_first.lua): it begins and ends here, and has no log at all.
 -- KEYS: 1 record, 2 log, 3 the user's open generations, 4 the user's quota
--- ARGV: 1 attempt, 2 worker, 3 message id, 4 status, 5 id of the last text or '', 6 that text, or '' when the log has it,
+-- ARGV: 1 attempt, 2 owner, 3 message id, 4 status, 5 id of the last text or '', 6 that text, or '' when the log has it,
 --       7 terminal id, 8 terminal type, 9 terminal frame without ids (JSON), 10 retention in ms,
 --       11 '1' when it has not begun, 12 how long the log stays in ms, 13 '1' when the record takes the text (else it is too
 --       long, and stays a log), 14 the text before the last

@@ -4,7 +4,7 @@
 -- token a round trip sooner.
 -- Not safe to repeat: a worker that lost the answer compares what it has with restore.lua.
 -- KEYS: 1 record, 2 log, 3 the reply stream of that node, or nothing
--- ARGV: 1 request (node and entry), 2 worker, 3 life of an open record in ms, 4 '1' when 5 is the first text, 5 that or '',
+-- ARGV: 1 request (node and entry), 2 owner, 3 life of an open record in ms, 4 '1' when 5 is the first text, 5 that or '',
 --       then with a reply stream: 6 the routes as the worker guesses them, then the rest of the XADD
 -- Returns {routes, whether they were published 0|1}, or nil, with nothing changed, when this is not a first attempt:
 --       it is for begin.lua to say what it is

@@ -1,5 +1,5 @@
 -- Moves due retries back into the request stream.
--- KEYS: 1 requests, 2 retries   ARGV: 1 most   Returns {moved, ms until the next one or -1}
+-- KEYS: 1 requests, 2 retries   ARGV: 1 most   Returns how many
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local due = redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', now, 'LIMIT', 0, ARGV[1])
@@ -8,5 +8,4 @@ for _, member in ipairs(due) do
   redis.call('XADD', KEYS[1], '*', 'user', user, 'message', message)
   redis.call('ZREM', KEYS[2], member)
 end
-local next = redis.call('ZRANGE', KEYS[2], 0, 0, 'WITHSCORES')
-return { #due, next[2] and math.max(0, tonumber(next[2]) - now) or -1 }
+return #due

@@ -1,6 +1,6 @@
 -- Puts back what a failover or a deleted key took from the log of a running attempt.
 -- KEYS: 1 record, 2 log
--- ARGV: 1 attempt, 2 worker, 3 request entry, 4 life of an open record in ms, then (seq, text) pairs from seq 1 on
+-- ARGV: 1 attempt, 2 owner, 3 request entry, 4 life of an open record in ms, then (seq, text) pairs from seq 1 on
 -- Returns {'restored', routes} | {'fenced'} | {'missing'} the record itself is gone
 local record = redis.call('HMGET', KEYS[1], 'status', 'attempt', 'owner', 'routes')
 if not record[1] then return { 'missing' } end

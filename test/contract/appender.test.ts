@@ -38,6 +38,9 @@ before(async () => {
 });
 after(() => stopServer());
 
+/** Those that were not open yet when they were made. */
+const unopened = new Map<string, AnswerWriter>();
+
 async function write(messageId: string, through = appender): Promise<AnswerWriter> {
   await store.admit({
     user,
@@ -48,7 +51,7 @@ async function write(messageId: string, through = appender): Promise<AnswerWrite
     quotaPerDay: 0,
     queueLimit: 1_000,
   });
-  const attempt = { user, messageId, attempt: 1, worker: 'w', node: 'n1', entry: '1-1' };
+  const attempt = { user, messageId, attempt: 1, owner: 'w', node: 'n1', entry: '1-1' };
   const writer = new AnswerWriter(attempt, {
     store,
     appender: through,
@@ -57,6 +60,7 @@ async function write(messageId: string, through = appender): Promise<AnswerWrite
     onMended() {},
     isLeaving: () => false,
   });
+  unopened.set(messageId, writer);
   writer.expect('n1');
   await writer.settled();
   return writer;
@@ -166,7 +170,7 @@ test('one that was replaced is fenced and shows nothing; the others of its step 
     messageId: 'replaced',
     node: 'n1',
     entry: '1-1',
-    worker: 'v',
+    owner: 'v',
     maxTries: 5,
     leaseMs: 0,
   });
@@ -179,6 +183,25 @@ test('one that was replaced is fenced and shows nothing; the others of its step 
   assert.deepEqual(await published('n1', 'replaced'), ['1-0 ', '1-1 one']);
   for (const name of ['kept-1', 'kept-2'])
     assert.deepEqual(await published('n1', name), ['1-0 ', '1-1 one', '1-2  two']);
+});
+
+test('stale is what Redis says of it: after an opening whose answer was lost, clients may have seen some', async () => {
+  for (const [lost, stale] of [
+    [new Error('Connection is closed.'), false],
+    [null, true],
+  ] as const) {
+    const messageId = `opening-${stale}`;
+    const idle = { schedule() {}, publish() {}, count() {} } as unknown as Appender;
+    const opening = write(messageId, idle);
+    const writer = (await eventually('a writer', () => unopened.get(messageId)))!;
+    writer.push('seen');
+    assert.equal(writer.take()?.opening, true);
+    // The new master knows of another's.
+    await store.begin({ user, messageId, node: 'n1', entry: '1-1', owner: 'v', maxTries: 5, leaseMs: 0 });
+    writer.refused(1, lost);
+    await opening;
+    assert.deepEqual([writer.fenced, writer.stale, writer.mayBeShown], [true, stale, !stale]);
+  }
 });
 
 test('a Redis that has forgotten its scripts takes everything, in order', async () => {

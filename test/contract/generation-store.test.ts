@@ -51,22 +51,31 @@ const admit = (user: string, messageId: string, conversationId?: string) =>
     quotaPerDay: 0,
     queueLimit: 1_000,
   });
+let runs = 0;
 const begin = (user: string, messageId: string, worker = 'w1', entry = '1-1', maxTries = 5) =>
-  store.begin({ user, messageId, node: 'n1', entry, worker, maxTries, leaseMs: LEASE_MS });
+  store.begin({
+    user,
+    messageId,
+    node: 'n1',
+    entry,
+    owner: `${worker}/${++runs}`,
+    maxTries,
+    leaseMs: LEASE_MS,
+  });
 
 async function running(user: string, messageId: string, worker = 'w1', entry = '1-1'): Promise<Attempt> {
   const begun = await begin(user, messageId, worker, entry);
   assert.equal(begun.state, 'run');
   assert.ok('attempt' in begun);
-  return { user, messageId, attempt: begun.attempt, worker, node: 'n1', entry };
+  return { user, messageId, attempt: begun.attempt, owner: `${worker}/${runs}`, node: 'n1', entry };
 }
 
 /** A first attempt that nobody has asked Redis for. */
-const expected = (user: string, messageId: string, worker = 'w1'): Attempt => ({
+const expected = (user: string, messageId: string, owner = 'w1'): Attempt => ({
   user,
   messageId,
   attempt: 1,
-  worker,
+  owner,
   node: 'n1',
   entry: '1-1',
 });
@@ -149,9 +158,54 @@ test('a second entry of a request that a live worker runs is a duplicate; a sile
   const user = nextUser();
   await admit(user, 'm');
   await running(user, 'm', 'w1', '1-1');
-  assert.equal((await begin(user, 'm', 'w2', '2-2')).state, 'duplicate');
+  const duplicate = await begin(user, 'm', 'w2', '2-2');
+  assert.ok(duplicate.state === 'duplicate' && duplicate.leaseMs > 0 && duplicate.leaseMs <= LEASE_MS);
   await redis.client.hset(keys.generation(user, 'm'), 'beat', Date.now() - LEASE_MS - 1_000);
   assert.equal((await begin(user, 'm', 'w2', '2-2')).state, 'run');
+});
+
+test('one run opens one attempt, however often it asks, and none once it was given up', async () => {
+  const user = nextUser();
+  await admit(user, 'm');
+  await running(user, 'm', 'w0');
+  const ask = (owner: string, above = false) =>
+    store.begin({
+      user,
+      messageId: 'm',
+      node: 'n1',
+      entry: '1-1',
+      owner,
+      maxTries: 2,
+      leaseMs: LEASE_MS,
+      above,
+    });
+  const first = await ask('w1/7');
+  assert.deepEqual(await ask('w1/7'), first);
+  assert.ok(first.state === 'run' && first.attempt === 2 && first.tries === 2 && first.before === '1-0');
+  assert.deepEqual(await ids(user, 'm'), ['1-0', '2-0']);
+  const attempt = { user, messageId: 'm', attempt: 2, owner: 'w1/7', node: 'n1', entry: '1-1' };
+  assert.equal(
+    await store.release({ ...attempt, owner: 'w1/8' }, true),
+    false,
+    'another run of the same worker',
+  );
+  assert.equal((await store.restore({ ...attempt, owner: 'w1/8' }, ['x'])).state, 'fenced');
+  assert.equal(await store.release(attempt, true), true);
+  assert.equal((await ask('w1/7')).state, 'terminal', 'it comes late');
+  assert.equal(await redis.client.hget(keys.generation(user, 'm'), 'status'), 'queued');
+  assert.equal((await ask('w1/9')).state, 'exhausted');
+  const other = {
+    user,
+    messageId: 'm',
+    node: 'n1',
+    entry: '5-1',
+    owner: 'w2/1',
+    maxTries: 9,
+    leaseMs: LEASE_MS,
+  };
+  assert.equal((await store.begin(other)).state, 'duplicate');
+  const above = await store.begin({ ...other, above: true });
+  assert.ok(above.state === 'run' && above.attempt === 4);
 });
 
 test('an attempt is given up once, however often that is said, and only by its worker', async () => {
@@ -162,7 +216,7 @@ test('an attempt is given up once, however often that is said, and only by its w
     const user = nextUser();
     await admit(user, 'm');
     const attempt = await running(user, 'm');
-    assert.equal(await store.release({ ...attempt, worker: 'w2' }, countsAsTry), false);
+    assert.equal(await store.release({ ...attempt, owner: 'w2' }, countsAsTry), false);
     for (let time = 1; time <= 2; time++) assert.equal(await store.release(attempt, countsAsTry), true);
     assert.equal(await redis.client.hget(keys.generation(user, 'm'), 'tries'), tries);
     await running(user, 'm', 'w2', '1-2');
@@ -566,7 +620,7 @@ test('the queue: bounded, counted exactly, acknowledged only by its holder', asy
   assert.equal(await queue.retryLater(later, 'w1', 0), true);
   await queue.retryLater(later, 'w1', 0); // again: nothing is doubled
   assert.equal(await queue.countOpen([node]), 1);
-  assert.equal((await queue.promoteDue(node, 10)).moved, 1);
+  assert.equal(await queue.promoteDue(node, 10), 1);
   assert.deepEqual([...(await queue.positions(node, 10)).keys()], ['u m2']);
 });
 

@@ -410,12 +410,12 @@ test('the quota counts a message once, and gives back what failed or was not que
       messageId,
       node: 'n1',
       entry: '1-1',
-      worker: 'w',
+      owner: 'w',
       maxTries: 5,
       leaseMs: 1_000,
     });
     assert.ok('attempt' in begun);
-    const attempt = { user, messageId, attempt: begun.attempt, worker: 'w', entry: '1-1', node: 'n1' };
+    const attempt = { user, messageId, attempt: begun.attempt, owner: 'w', entry: '1-1', node: 'n1' };
     const terminal =
       type === 'done'
         ? ({ type, finishReason: 'stop', length: 0 } as const)
@@ -454,7 +454,7 @@ test('the quota counts a message once, and gives back what failed or was not que
   assert.equal((await admit('m6')).state, 'created');
   assert.equal(await used(), 1);
   // What begins and fails in one step is given back too, once.
-  const atOnce = { user, messageId: 'm6', attempt: 1, worker: 'w', entry: '1-1', node: 'n1' };
+  const atOnce = { user, messageId: 'm6', attempt: 1, owner: 'w', entry: '1-1', node: 'n1' };
   for (let repeat = 0; repeat < 2; repeat++) {
     const terminal = { type: 'failed', code: 'model_error', message: 'x', temporary: false } as const;
     const finished = await store.finish(atOnce, null, 1, terminal, { begun: false, textBefore: '' });

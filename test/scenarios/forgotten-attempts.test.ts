@@ -3,6 +3,9 @@ import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { type TestContext, test } from 'node:test';
+import { setTimeout as delay } from 'node:timers/promises';
+import { createGenerationStore } from '../../shared/generation-store.ts';
+import { eventually } from '../helpers/eventually.ts';
 import { startStack } from '../helpers/stack.ts';
 
 /** What a failover may make Redis forget of an attempt, done by hand. */
@@ -100,6 +103,135 @@ for (const [end, body, expected] of [
     again.send({ type: 'resume', messageId: 'm' });
     assert.equal((await again.answer('m')).text, answer.text);
     assert.equal(await look.client.hget(record, 'attempt'), end === 'its end' ? '1' : '2');
+  });
+
+/** Says a word each 50 ms, by the number of the run of its process; the first attempt fails after a word where it is told to. */
+const COUNTED = `const run = (globalThis.runs = (globalThis.runs ?? 0) + 1);
+  if (attempt === 1 && request.contents === 'retry') {
+    yield 'x';
+    throw new Error('try again');
+  }
+  for (let word = 1; word <= (run % 2 ? 40 : 30); word++) {
+    yield process.pid + '/' + run + '.' + word + ' ';
+    await new Promise((resolve) => setTimeout(resolve, 50));
+  }`;
+
+/** All of one run and nothing else. */
+function assertOneRun(text: string): void {
+  const runs = new Set(
+    text
+      .trim()
+      .split(' ')
+      .map((word) => word.split('.')[0]),
+  );
+  assert.equal(runs.size, 1, text);
+  assert.match(text, /^\S+\.1 .*\S+\.[34]0 $/);
+}
+
+test('a retry that a failover forgot, begun by another worker under a new entry: no client gets a mixture', async (t) => {
+  const HANDLER = handlerFile(t, COUNTED);
+  const workerEnv = { HANDLER, RETRY_BASE_MS: '50', LEASE_MS: '3000' };
+  const { look, keys, ...stack } = await startStack(t, { workers: 1, workerEnv });
+  const client = await stack.client(20001);
+  client.send({ type: 'chat', messageId: 'm', contents: 'retry' });
+  while ((await client.next('token', 'm')).id !== '2-5');
+  const [record, log] = [keys.generation('20001', 'm'), keys.log('20001', 'm')];
+  const requests = keys.requests('n1');
+  const [[entry]] = (await look.client.xpending(requests, 'workers', '-', '+', 1)) as [[string]];
+  const later = `${Number(entry.split('-')[0]) + 5_000}-0`; // the new master moved it back into the stream again
+  const begun = look.client
+    .multi()
+    .xack(requests, 'workers', entry)
+    .xdel(requests, entry)
+    .xadd(requests, later, 'user', '20001', 'message', 'm')
+    .xreadgroup('GROUP', 'workers', 'w-other', 'COUNT', 1, 'STREAMS', requests, '>')
+    .hset(record, 'owner', 'w-other/1', 'attempt', 2, 'entry', `n1 ${later}`, 'beat', Date.now())
+    .del(log)
+    .xadd(log, '2-0', 'start', '2');
+  for (let seq = 1; seq <= 8; seq++) begun.xadd(log, `2-${seq}`, 'token', `other${seq} `);
+  await begun.exec();
+  await delay(1_000);
+  const other = { user: '20001', messageId: 'm', attempt: 2, owner: 'w-other/1', node: 'n1', entry: later };
+  const store = createGenerationStore({ redis: look, keys, retentionMs: 60_000 });
+  const end = { type: 'done', finishReason: 'stop', length: 0 } as const;
+  const ended = await store.finish(other, null, 9, end, { begun: true, textBefore: null });
+  assert.equal(ended.state, 'fenced', 'whoever clients have not seen gives way');
+  const answer = await client.answer('m');
+  assert.match(answer.end.id!, /^3-/);
+  assertOneRun(answer.text);
+  const again = await stack.client(20001);
+  again.send({ type: 'resume', messageId: 'm' });
+  assert.equal((await again.answer('m')).text, answer.text);
+  // The other entry, which nobody acknowledges, goes once its lease is over.
+  await eventually('end of the other entry', async () => (await look.client.xlen(requests)) === 0);
+});
+
+test('a retry that a failover forgot, begun again by the same worker: one run writes, no client gets a mixture', async (t) => {
+  const HANDLER = handlerFile(t, COUNTED);
+  const workerEnv = { HANDLER, RETRY_BASE_MS: '50', LEASE_MS: '3000' };
+  const { look, keys, ...stack } = await startStack(t, { workers: 1, workerEnv });
+  const client = await stack.client(20001);
+  client.send({ type: 'chat', messageId: 'm', contents: 'retry' });
+  while ((await client.next('token', 'm')).id !== '2-5');
+  const [record, log] = [keys.generation('20001', 'm'), keys.log('20001', 'm')];
+  const requests = keys.requests('n1');
+  const [[entry]] = (await look.client.xpending(requests, 'workers', '-', '+', 1)) as [[string]];
+  await look.client
+    .multi()
+    .xack(requests, 'workers', entry)
+    .xdel(requests, entry)
+    .hset(record, 'status', 'queued', 'attempt', 1, 'tries', 1, 'beat', 0)
+    .del(log)
+    .xadd(requests, '*', 'user', '20001', 'message', 'm')
+    .exec();
+  await eventually('second run', async () => (await look.client.hget(record, 'status')) === 'running');
+  const answer = await client.answer('m');
+  assertOneRun(answer.text);
+  const again = await stack.client(20001);
+  again.send({ type: 'resume', messageId: 'm' });
+  assert.equal((await again.answer('m')).text, answer.text);
+});
+
+for (const [words, name] of [
+  [30, 'longer'],
+  [3, 'shorter'],
+] as const)
+  test(`an attempt that nobody remembers, and a ${name} one of the same number: the client is given all of that`, async (t) => {
+    const HANDLER = handlerFile(
+      t,
+      `const words = process.env.SECOND ? ${words} : 40;
+      for (let word = 1; word <= words; word++) {
+        yield process.pid + '.' + word + ' ';
+        await new Promise((resolve) => setTimeout(resolve, 50));
+      }`,
+    );
+    const { look, keys, ...stack } = await startStack(t, { workers: 1, workerEnv: { HANDLER } });
+    const client = await stack.client(20001);
+    client.send({ type: 'chat', messageId: 'm', contents: 'hello' });
+    while ((await client.next('token', 'm')).id !== '1-5');
+    const [record, log] = [keys.generation('20001', 'm'), keys.log('20001', 'm')];
+    const requests = keys.requests('n1');
+    const [[entry, fields]] = (await look.client.xrange(requests, '-', '+')) as [[string, string[]]];
+    await stack.workers[0]!.kill(); // with the master
+    await look.client
+      .multi()
+      .del(requests)
+      .xadd(requests, entry, ...fields)
+      .xgroup('CREATE', requests, 'workers', '0')
+      .hset(record, 'status', 'queued', 'attempt', 0, 'tries', 0)
+      .hdel(record, 'owner', 'entry', 'beat')
+      .del(log)
+      .exec();
+    await delay(2_500); // the gateway has looked
+    await stack.addWorker({ HANDLER, SECOND: '1' });
+    const resumed = await client.next('resumed', 'm');
+    assert.equal(resumed.recovered, false);
+    const answer = await client.answer('m');
+    const second = answer.text.split('.')[0];
+    assert.equal(
+      answer.text,
+      Array.from({ length: words }, (_, index) => `${second}.${index + 1} `).join(''),
+    );
   });
 
 test('an attempt that said nothing does not hide what the one before had said', async (t) => {
