@@ -110,6 +110,31 @@ test('serverless mode: a worker leaves with 0 after nothing to do', async (t) =>
   assert.equal(await worker.exited, 0);
 });
 
+test('a worker in serverless mode that retires finishes what it runs, however long that takes', async (t) => {
+  const stack = await startStack(t, {
+    workers: 1,
+    workerEnv: { EXIT_WHEN_IDLE_MS: '60000', DRAIN_MS: '200' },
+  });
+  const client = await stack.client(20001);
+  client.send({ type: 'chat', messageId: 'r1', contents: 'x', parameters: { tokens: 100, intervalMs: 20 } });
+  await client.next('token', 'r1');
+  stack.workers[0]!.child.kill('SIGUSR2');
+  assert.equal((await client.answer('r1')).starts, 1);
+  assert.equal(await stack.workers[0]!.exited, 0);
+});
+
+test('a worker that leaves begins nothing that a read under way brings it', async (t) => {
+  const stack = await startStack(t, { workers: 1, workerEnv: { DRAIN_MS: '500' } });
+  const client = await stack.client(20001);
+  stack.workers[0]!.child.kill('SIGTERM'); // it waits for requests, for up to a second more
+  await stack.workers[0]!.logged((line) => line.msg === 'stopping');
+  client.send({ type: 'chat', messageId: 'l1', contents: 'x', parameters: { tokens: 100, intervalMs: 20 } });
+  await client.next('accepted', 'l1');
+  await stack.addWorker();
+  const answer = await client.answer('l1');
+  assert.deepEqual([answer.starts, answer.end.id!.split('-')[0]], [1, '1']);
+});
+
 test('a second signal leaves at once with 1', async (t) => {
   const stack = await startStack(t, { workers: 1 });
   const client = await stack.client(20001);
