@@ -44,6 +44,8 @@ export interface RequestQueue {
   /** Position of every request on a node, in order: `user messageId` → requests ahead. */
   positions(node: string, most: number): Promise<Map<string, number>>;
   ensureGroup(node: string): Promise<void>;
+  /** What this worker was given and does not hold: the answer that told it so was lost. */
+  takeBack(node: string, worker: string, holds: (entry: string) => boolean): Promise<QueuedRequest[]>;
   ack(request: QueuedRequest, worker: string): Promise<boolean>;
   /** Makes a request this worker's, whoever holds it. */
   takeOver(request: QueuedRequest, worker: string): Promise<void>;
@@ -77,6 +79,29 @@ export interface RequestQueue {
 }
 
 export function createRequestQueue({ redis, keys }: { redis: RedisConnection; keys: Keys }): RequestQueue {
+  type Pending = [entry: string, holder: string, idleMs: number, deliveries: number];
+
+  /**
+   * Makes pending requests this worker's, unless somebody has touched them since: XCLAIM asks for the idle time again. Of
+   * several workers that saw the same list, one gets each entry.
+   */
+  async function claim(
+    node: string,
+    worker: string,
+    idleMs: number,
+    wanted: Pending[],
+  ): Promise<QueuedRequest[]> {
+    if (wanted.length === 0) return [];
+    const deliveries = new Map(wanted.map(([entry, , , count]) => [entry, count + 1]));
+    const entries = (await redis.client.call(
+      ...(['xclaim', keys.requests(node), GROUP, worker, idleMs] as const),
+      ...deliveries.keys(),
+    )) as [string, string[] | null][];
+    return entries.flatMap(([entry, fields]) =>
+      fields ? [{ ...readRequest(node, entry, fields), deliveries: deliveries.get(entry)! }] : [],
+    );
+  }
+
   return {
     async enqueue(node, user, messageId, limit, trace = '', payload = '') {
       // Not repeated on a lost connection: whether it was appended is not known. Admission finds out.
@@ -189,27 +214,30 @@ export function createRequestQueue({ redis, keys }: { redis: RedisConnection; ke
     async dropEmpty(node) {
       return (await redis.script('drop_requests', [keys.requests(node), keys.retries(node)], [])) === 1;
     },
+    async takeBack(node, worker, holds) {
+      const taken: QueuedRequest[] = [];
+      for (let from = '-'; ; ) {
+        const page = (await redis.client.call(
+          ...(['xpending', keys.requests(node), GROUP, from, '+', PENDING_PAGE, worker] as const),
+        )) as Pending[];
+        const lacking = page.filter(([entry]) => !holds(entry));
+        const idleMs = Math.min(...lacking.map(([, , idle]) => idle));
+        taken.push(...(await claim(node, worker, idleMs, lacking)));
+        if (page.length < PENDING_PAGE) return taken;
+        from = `(${page.at(-1)![0]}`;
+      }
+    },
     async claimStalled(node, worker, { leaseMs, most, suspectAfter, suspects }) {
       const key = keys.requests(node);
       const claimed: QueuedRequest[] = [];
       for (let from = '-', left = suspects; claimed.length < most; ) {
         const page = (await redis.client.call(
           ...(['xpending', key, GROUP, 'IDLE', leaseMs, from, '+', PENDING_PAGE] as const),
-        )) as [entry: string, holder: string, idleMs: number, deliveries: number][];
+        )) as Pending[];
         const wanted = page
           .filter(([, , , deliveries]) => deliveries < suspectAfter || left-- > 0)
           .slice(0, most - claimed.length);
-        const deliveries = new Map(wanted.map(([entry, , , count]) => [entry, count + 1]));
-        if (wanted.length > 0) {
-          // XCLAIM asks for the idle time again: of several workers that saw the same list, one gets each entry.
-          const entries = (await redis.client.call(
-            ...(['xclaim', key, GROUP, worker, leaseMs] as const),
-            ...deliveries.keys(),
-          )) as [string, string[] | null][];
-          for (const [entry, fields] of entries)
-            if (fields)
-              claimed.push({ ...readRequest(node, entry, fields), deliveries: deliveries.get(entry)! });
-        }
+        claimed.push(...(await claim(node, worker, leaseMs, wanted)));
         if (page.length < PENDING_PAGE) break;
         from = `(${page.at(-1)![0]}`;
       }

@@ -2,7 +2,13 @@ import { setTimeout as delay } from 'node:timers/promises';
 import type { Logger } from 'pino';
 import type { Keys } from '../shared/keys.ts';
 import type { NodeRegistry } from '../shared/node-registry.ts';
-import { BLOCK_MS, type Command, describeError, type RedisConnection } from '../shared/redis.ts';
+import {
+  BLOCK_MS,
+  type Command,
+  describeError,
+  isConnectionError,
+  type RedisConnection,
+} from '../shared/redis.ts';
 import { GROUP, type QueuedRequest, type RequestQueue, readRequest } from '../shared/request-queue.ts';
 
 /**
@@ -12,18 +18,24 @@ import { GROUP, type QueuedRequest, type RequestQueue, readRequest } from '../sh
  * per stream) they are asked one at a time, in rotating order, without blocking; only when all are empty comes the
  * blocked read. In a Cluster a read must stay in one slot: there each stream is read by a loop of its own, on its own
  * connection; the room that one of them asks with is not offered to the others meanwhile.
+ *
+ * What Redis has given to this worker and no answer of a lost connection has told it of would wait for the lease: after
+ * such a loss it asks for a while what is pending under its name, and takes what it does not hold.
  */
 
 const REGISTRY_MS = 1_000; // a new gateway's requests are seen within this and one blocked read
 const PAUSE_MS = 250; // after an error
 const ASKING_MS = 1_000; // that a read may keep room from the others: its server may be away
 const AGAIN_MS = 5; // between looks whether such a read has left any
+const DOUBT_MS = 2 * BLOCK_MS; // a server that has not noticed the loss may still give away for so long
 
 export interface RequestSource {
   /** Nodes known now. */
   readonly nodes: string[];
   /** Settles when the signal has aborted and no read is under way. */
   readonly ended: Promise<void>;
+  /** A connection was lost: answers may be missing. */
+  doubt(): void;
 }
 
 export function readRequests(parts: {
@@ -32,6 +44,9 @@ export function readRequests(parts: {
   registry: NodeRegistry;
   queue: RequestQueue;
   openReader: (name: string) => RedisConnection;
+  closeReader: (reader: RedisConnection) => Promise<void>;
+  /** Whether it runs here or waits in line here. */
+  holds: (node: string, entry: string) => boolean;
   isCluster: boolean;
   /** Requests that may be started now. */
   room: () => number;
@@ -46,6 +61,10 @@ export function readRequests(parts: {
   let rotation = 0;
   let asking = 0; // room that reads without blocking have asked for
   const room = () => parts.room() - asking;
+  let doubtfulUntil = 0;
+  const doubt = () => {
+    doubtfulUntil = Date.now() + DOUBT_MS;
+  };
 
   async function discover(): Promise<void> {
     while (!signal.aborted) {
@@ -117,7 +136,16 @@ export function readRequests(parts: {
     }
   }
 
+  async function takeBack(names: string[]): Promise<void> {
+    for (const node of names)
+      for (const request of await queue.takeBack(node, worker, (entry) => parts.holds(node, entry))) {
+        log.info({ node, entry: request.entry }, 'taken back: its delivery was lost');
+        parts.start(request);
+      }
+  }
+
   async function loop(reader: RedisConnection, mine: () => string[], stopped: () => boolean): Promise<void> {
+    let certainUntil = 0;
     while (!signal.aborted && !stopped()) {
       const names = mine();
       if (names.length === 0) {
@@ -129,6 +157,11 @@ export function readRequests(parts: {
         continue;
       }
       try {
+        if (certainUntil < doubtfulUntil) {
+          const now = Date.now();
+          await takeBack(names);
+          if (now >= doubtfulUntil) certainUntil = doubtfulUntil;
+        }
         let taken = 0;
         if (room() < nodes.length) {
           rotation = (rotation + 1) % names.length;
@@ -141,6 +174,7 @@ export function readRequests(parts: {
         } else await read(reader, names, Math.floor(room() / nodes.length), true);
       } catch (error) {
         if (signal.aborted) break;
+        if (isConnectionError(error)) doubt();
         const { message } = error as Error;
         // A gateway that leaves takes its empty stream with it.
         if (message.startsWith('UNBLOCKED')) log.info({ err: message }, 'a node has left');
@@ -151,45 +185,39 @@ export function readRequests(parts: {
     }
   }
 
-  const loops: Promise<void>[] = [];
-  const perNode = new Set<string>();
-  let openedShared = false;
+  const loops = new Map<string, Promise<void>>(); // by the name of their reader
+
+  function open(name: string, mine: () => string[], stopped: () => boolean): void {
+    if (loops.has(name)) return;
+    const reader = parts.openReader(name);
+    const ended = loop(reader, mine, stopped).finally(async () => {
+      loops.delete(name);
+      await parts.closeReader(reader);
+    });
+    loops.set(name, ended);
+  }
 
   function openLoops(): void {
-    if (!parts.isCluster) {
-      if (openedShared) return;
-      openedShared = true;
-      const reader = parts.openReader('requests');
-      loops.push(
-        loop(
-          reader,
-          () => nodes,
-          () => false,
-        ),
+    if (!parts.isCluster)
+      open(
+        'requests',
+        () => nodes,
+        () => false,
       );
-      return;
-    }
-    for (const node of nodes) {
-      if (perNode.has(node)) continue;
-      perNode.add(node);
-      const reader = parts.openReader(`requests-${node}`);
-      loops.push(
-        loop(
-          reader,
+    else
+      for (const node of nodes)
+        open(
+          `requests-${node}`,
           () => [node],
           () => !nodes.includes(node),
-        ).finally(async () => {
-          perNode.delete(node);
-          await reader.close();
-        }),
-      );
-    }
+        );
   }
 
   const ended = discover().then(async () => {
-    await Promise.all(loops);
+    await Promise.all(loops.values());
   });
   return {
+    doubt,
     get nodes() {
       return nodes;
     },

@@ -6,7 +6,7 @@ import { createGenerationStore } from '../shared/generation-store.ts';
 import { createKeys } from '../shared/keys.ts';
 import { type Running, within } from '../shared/lifecycle.ts';
 import { createNodeRegistry } from '../shared/node-registry.ts';
-import { createRedis } from '../shared/redis.ts';
+import { createRedis, type RedisConnection } from '../shared/redis.ts';
 import { createRequestQueue, type QueuedRequest } from '../shared/request-queue.ts';
 import { createTracing } from '../shared/tracing.ts';
 import { createAppender } from './appender.ts';
@@ -157,7 +157,9 @@ export async function startWorker(config: WorkerConfig, handler: Handler, log: L
   });
   const unsubscribe = redis.onReconnect(() => {
     for (const one of running.values()) one.writer?.check();
+    source.doubt();
   });
+  const readers = new Set<RedisConnection>();
   const source = readRequests({
     worker,
     keys,
@@ -165,9 +167,15 @@ export async function startWorker(config: WorkerConfig, handler: Handler, log: L
     queue,
     openReader(name) {
       const reader = createRedis({ url: config.REDIS_URL, name: `${worker}:${name}`, log, hot: true });
-      closers.push(() => reader.close());
+      readers.add(reader);
       return reader;
     },
+    closeReader(reader) {
+      readers.delete(reader);
+      return reader.close();
+    },
+    holds: (node, entry) =>
+      running.has(`${node} ${entry}`) || backlog.some((one) => one.node === node && one.entry === entry),
     isCluster: redis.isCluster,
     room,
     roomAgain: () =>
@@ -254,6 +262,7 @@ export async function startWorker(config: WorkerConfig, handler: Handler, log: L
       registry.leaveWorker(worker).catch(() => {}),
     );
     unsubscribe();
+    for (const reader of readers) await within(CLOSE_MS, reader.close());
     for (const close of closers.reverse()) await within(CLOSE_MS, close());
   }
 

@@ -58,6 +58,27 @@ test('what a worker read without room for it goes to one that has room', { timeo
   );
 });
 
+test('a delivery that a lost connection did not tell its worker of does not wait for the lease', async (t) => {
+  const { look, keys, ...stack } = await startStack(t, {
+    workers: 1,
+    acl: false,
+    workerEnv: { WORKER_CONCURRENCY: '1', LEASE_MS: '60000' },
+  });
+  const [first, second] = [await stack.client(20001), await stack.client(20002)];
+  first.send({ type: 'chat', messageId: 'a', contents: 'x', parameters: { tokens: 100, intervalMs: 20 } });
+  await first.next('token', 'a');
+  second.send({ type: 'chat', messageId: 'b', contents: 'x' });
+  await second.next('accepted', 'b');
+  // It has no room and does not read: what it is given now, it does not hear of.
+  const { worker } = (await stack.workers[0]!.logged(({ msg }) => msg === 'ready')) as { worker: string };
+  await look.client.xreadgroup('GROUP', 'workers', worker, 'COUNT', 1, 'STREAMS', keys.requests('n1'), '>');
+  for (const line of String(await look.client.call('client', 'list')).split('\n'))
+    if (line.includes(`name=${worker}:commands`))
+      await look.client.call('client', 'kill', 'id', /id=(\d+)/.exec(line)![1]!);
+  assert.equal((await first.answer('a')).starts, 1);
+  assert.equal((await second.answer('b')).starts, 1);
+});
+
 test('a worker leaves while Redis is away', { timeout: 60_000 }, async (t) => {
   const dir = mkdtempSync(join(tmpdir(), 'rivulet-leave-'));
   t.after(() => rmSync(dir, { recursive: true, force: true }));
