@@ -1,6 +1,6 @@
 import type { Logger } from 'pino';
-import { compareFrameIds } from '../shared/frame-id.ts';
-import { type GenerationStore, type LogEntry, ROUTES_MS } from '../shared/generation-store.ts';
+import { compareFrameIds, parseFrameId } from '../shared/frame-id.ts';
+import { type GenerationStore, type LogEntry, type Progress, ROUTES_MS } from '../shared/generation-store.ts';
 import { isOpenStatus } from '../shared/protocol.ts';
 import { takeAnswers } from '../shared/redis.ts';
 
@@ -20,8 +20,9 @@ import { takeAnswers } from '../shared/redis.ts';
  * silent for a while, so that a lost last frame, or a generation that is gone, is noticed.
  *
  * After a failover Redis may know less of an answer than its clients have seen. Mostly its worker puts that back, and
- * goes on. But where nobody remembers it, another attempt of the same number writes another text under the same ids: then
- * what comes next is a double or a gap, and the client is given the whole log, after a `resumed` that tells it so.
+ * goes on. But an attempt that nobody remembers may be opened once more, by another, and ids no longer tell two texts
+ * apart. Signs of it are a record that knows of fewer attempts than were shown, and a second `start` in a log that is
+ * shorter than what was shown. Then the client is given the whole log, after a `resumed` that tells it so.
  */
 
 const HELD_FRAMES = 32;
@@ -67,7 +68,7 @@ export interface Subscription {
   /** Set for a chat that was asked here, until it ends: hears of the first token and of the end. */
   watch: AnswerWatch | null;
   missing: number;
-  /** Its log was found to be shorter than what the client has seen. */
+  /** What the client has seen may be of an attempt that nobody remembers. */
   forgotten: boolean;
   state: 'held' | 'live' | 'reading' | 'stalled' | 'ended';
   held: { before: string; id: string; end: boolean; frame: string }[];
@@ -131,6 +132,8 @@ export function createDelivery(parts: {
         } else if (compareFrameIds(id, subscription.position) <= 0) {
           counters.doubled();
           if (subscription.forgotten) void read(subscription);
+          else if (id.endsWith('-0') && attemptOf(id) === attemptOf(subscription.position))
+            void doubt(subscription);
         } else {
           counters.healed();
           void read(subscription);
@@ -202,6 +205,15 @@ export function createDelivery(parts: {
     }
   }
 
+  /** The attempt that the client has seen starts once more: published twice, or another one of the same number. */
+  async function doubt(subscription: Subscription): Promise<void> {
+    const { position } = subscription;
+    const [progress] = await store.progress([subscription]);
+    if (!progress || progress instanceof Error || compareFrameIds(progress.top, position) >= 0) return;
+    subscription.forgotten = true;
+    if (subscription.state === 'live') void read(subscription);
+  }
+
   /** After an attach: reads what a worker wrote before it knew of this node, if nothing has come since. */
   function lookAgain(subscription: Subscription): void {
     const { user, messageId, position } = subscription;
@@ -226,13 +238,13 @@ export function createDelivery(parts: {
       return false;
     }
     const ended = !isOpenStatus(attached.status);
-    subscription.forgotten = !anew && !attached.whole && !ended && !attached.recovered;
+    if (anew) subscription.forgotten = false;
     if (ended && !attached.whole && attached.entries.length === 0) {
       lose(subscription); // its log is gone, and with it the end that we have not seen
       return false;
     }
     // What this client has of it may be in the middle of a text that is whole now, or be of another one: it replays.
-    if (!attached.recovered && !subscription.forgotten) {
+    if (!attached.recovered && (anew || ended)) {
       subscription.follower.sendText(
         JSON.stringify({
           type: 'resumed',
@@ -250,9 +262,13 @@ export function createDelivery(parts: {
     return false;
   }
 
+  function attemptOf(id: string): number {
+    return parseFrameId(id)?.attempt ?? 0; // '': none yet
+  }
+
   /** Its record or its log is gone (flushed, deleted, expired): say so, with a terminal frame above what was seen. */
   function lose(subscription: Subscription): void {
-    const attempt = Number(/^\d*/.exec(subscription.position)![0] || 0) + 1;
+    const attempt = attemptOf(subscription.position) + 1;
     log.error(
       { user: subscription.user, messageId: subscription.messageId },
       'generation is gone from Redis',
@@ -369,7 +385,7 @@ export function createDelivery(parts: {
      * @throws why some could not be compared, once all the others were
      */
     async heal(
-      readTops: (batch: Subscription[]) => Promise<(string | null | Error)[]>,
+      readProgress: (batch: Subscription[]) => Promise<(Progress | null | Error)[]>,
       all = false,
     ): Promise<void> {
       const now = Date.now();
@@ -384,19 +400,21 @@ export function createDelivery(parts: {
       for (let from = 0; from < silent.length && !stopped; from += HEAL_BATCH) {
         const batch = silent.slice(from, from + HEAL_BATCH);
         const shown = batch.map(({ position }) => position); // more may come while we ask
-        const failed = takeAnswers(await readTops(batch), (top, index) => {
+        const failed = takeAnswers(await readProgress(batch), (progress, index) => {
           const subscription = batch[index]!;
           if (subscription.state !== 'live') return;
           subscription.lastMs = Date.now();
           subscription.patienceMs = Math.min(subscription.patienceMs * 2, SILENT_MAX_MS);
-          const lacks = top !== null && compareFrameIds(top, shown[index]!) < 0;
-          if (top === null || (lacks && subscription.forgotten)) {
-            void read(subscription); // its worker has had the time to put back what it lacks
+          if (progress === null) {
+            void read(subscription);
             return;
           }
-          subscription.forgotten ||= lacks;
-          if (top === subscription.position) subscription.forgotten = false;
-          else if (top !== '' && compareFrameIds(top, subscription.position) > 0) {
+          const { top, attempt } = progress;
+          const wasForgotten = subscription.forgotten;
+          subscription.forgotten = attempt < attemptOf(shown[index]!);
+          if (wasForgotten && subscription.forgotten) {
+            void read(subscription); // its worker has had the time to put back what is missing
+          } else if (top !== '' && compareFrameIds(top, subscription.position) > 0) {
             counters.healed();
             void read(subscription);
           }

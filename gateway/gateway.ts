@@ -166,7 +166,7 @@ export async function startGateway(config: GatewayConfig, log: Logger): Promise<
         metrics.tailBroken.inc();
         log.warn({ reason }, 'comparing every stream with its log');
         void delivery
-          .heal((batch) => store.tops(batch), true)
+          .heal((batch) => store.progress(batch), true)
           .catch((error: Error) => log.warn({ err: error.message }, 'heal'));
         void people.mailboxes.lookAtAll();
       },
@@ -200,7 +200,7 @@ export async function startGateway(config: GatewayConfig, log: Logger): Promise<
           .xtrim(keys.replies(node), 'MINID', '~', tail.cursor, 'LIMIT', TRIM_ENTRIES)
           .catch(() => {}); // the streams are bounded without it
         await delivery
-          .heal((batch) => store.tops(batch))
+          .heal((batch) => store.progress(batch))
           .catch((error: Error) =>
             log.warn({ err: error.message }, 'silent streams not compared; again soon'),
           );

@@ -75,6 +75,13 @@ export type Attached =
       more: boolean;
     };
 
+export interface Progress {
+  /** The id at the top of its log, '' where it has none. */
+  top: string;
+  /** How many attempts its record knows of. */
+  attempt: number;
+}
+
 export interface GenerationRecord {
   status: GenerationStatus;
   attempt: number;
@@ -283,26 +290,23 @@ export function createGenerationStore({
       return moved === 1;
     },
 
-    /**
-     * The id at the top of each log, '' for an open generation without one, null when there is nothing to wait for, an
-     * error where that is not known.
-     */
-    async tops(generations: { user: string; messageId: string }[]): Promise<(string | null | Error)[]> {
+    /** How far each generation has come; null when there is nothing to wait for, an error where that is not known. */
+    async progress(generations: { user: string; messageId: string }[]): Promise<(Progress | null | Error)[]> {
       const replies = await redis.batch(
         generations.flatMap(({ user, messageId }): Command[] => [
           ['xrevrange', keys.log(user, messageId), '+', '-', 'COUNT', 1],
-          ['hget', keys.generation(user, messageId), 'status'],
+          ['hmget', keys.generation(user, messageId), 'status', 'attempt'],
         ]),
       );
       return generations.map((_, index) => {
         const [logError, entries] = replies[index * 2]!;
-        const [recordError, status] = replies[index * 2 + 1]!;
+        const [recordError, record] = replies[index * 2 + 1]!;
         const error = logError ?? recordError;
         if (error) return error;
+        const [status, attempt] = record as [GenerationStatus | null, string];
         if (status === null) return null;
-        const top = (entries as RawEntry[])[0];
-        if (top) return top[0];
-        return isOpenStatus(status as GenerationStatus) ? '' : null;
+        const top = (entries as RawEntry[])[0]?.[0] ?? '';
+        return top !== '' || isOpenStatus(status) ? { top, attempt: Number(attempt) } : null;
       });
     },
 

@@ -192,9 +192,32 @@ test('a retry that a failover forgot, begun again by the same worker: one run wr
   assert.equal((await again.answer('m')).text, answer.text);
 });
 
-for (const [words, name] of [
-  [30, 'longer'],
-  [3, 'shorter'],
+test('a worker that puts back what was forgotten goes on, and no client is given anything again', async (t) => {
+  const HANDLER = handlerFile(t, COUNTED);
+  const { look, keys, ...stack } = await startStack(t, { workers: 1, workerEnv: { HANDLER } });
+  const client = await stack.client(20001);
+  client.send({ type: 'chat', messageId: 'm', contents: 'hello' });
+  while ((await client.next('token', 'm')).id !== '1-5');
+  const [record, log] = [keys.generation('20001', 'm'), keys.log('20001', 'm')];
+  await look.client
+    .multi()
+    .hset(record, 'status', 'queued', 'attempt', 0, 'tries', 0)
+    .hdel(record, 'owner', 'entry', 'beat')
+    .del(log)
+    .exec();
+  for (const line of String(await look.client.call('client', 'list')).split('\n'))
+    if (/ name=(n1|w-)/.test(line))
+      await look.client.call('client', 'kill', 'id', /id=(\d+)/.exec(line)![1]!);
+  const answer = await client.answer('m');
+  assertOneRun(answer.text);
+  assert.equal(answer.starts, 1);
+});
+
+// The gateway has looked before the other one begins, or has not.
+for (const [words, name, pauseMs] of [
+  [30, 'longer', 2_500],
+  [3, 'shorter', 2_500],
+  [30, 'prompt', 0],
 ] as const)
   test(`an attempt that nobody remembers, and a ${name} one of the same number: the client is given all of that`, async (t) => {
     const HANDLER = handlerFile(
@@ -222,7 +245,7 @@ for (const [words, name] of [
       .hdel(record, 'owner', 'entry', 'beat')
       .del(log)
       .exec();
-    await delay(2_500); // the gateway has looked
+    await delay(pauseMs);
     await stack.addWorker({ HANDLER, SECOND: '1' });
     const resumed = await client.next('resumed', 'm');
     assert.equal(resumed.recovered, false);

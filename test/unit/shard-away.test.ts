@@ -30,20 +30,16 @@ function createPartOfRedis(answer: (command: Command) => unknown, others: object
 test('the store tells what is not known from what is not there', async () => {
   const redis = createPartOfRedis(([name, key]) => {
     if (name === 'xrevrange') return String(key).includes('{here}') ? [['1-3', ['token', 'x']]] : [];
-    if (!String(key).includes('{here}')) return name === 'hget' ? null : [null, null, null, null, null];
-    return name === 'hget' ? 'running' : ['running', '1', 'w', 'n1', '5'];
+    return String(key).includes('{here}') ? ['running', '1', 'w', 'n1'] : [null, null, null, null];
   });
   const store = createGenerationStore({ redis, keys, retentionMs: 1_000 });
   const generations = ['away', 'here', 'nowhere'].map((user) => ({ user, messageId: 'm' }));
-  const tops = await store.tops(generations);
-  assert.ok(tops[0] instanceof Error);
-  assert.deepEqual(tops.slice(1), ['1-3', null]);
+  const progress = await store.progress(generations);
+  assert.ok(progress[0] instanceof Error);
+  assert.deepEqual(progress.slice(1), [{ top: '1-3', attempt: 1 }, null]);
   const records = await store.inspectAll(generations);
   assert.ok(records[0] instanceof Error);
-  assert.deepEqual(records.slice(1), [
-    { status: 'running', attempt: 1, owner: 'w', node: 'n1', beatMs: 5 },
-    null,
-  ]);
+  assert.deepEqual(records.slice(1), [{ status: 'running', attempt: 1, owner: 'w', node: 'n1' }, null]);
 });
 
 test('silent streams are healed although others cannot be compared', async () => {
@@ -70,9 +66,11 @@ test('silent streams are healed although others cannot be compared', async () =>
   // The one that is here comes last, in the second round trip.
   for (const user of [...Array.from({ length: 500 }, (_, index) => `away${index}`), 'here'])
     delivery.release(delivery.hold(follower, user, 'm'), '', [], false);
-  const tops = (batch: Subscription[]) =>
-    Promise.resolve(batch.map(({ user }) => (user === 'here' ? '1-0' : new Error('away'))));
-  await assert.rejects(delivery.heal(tops, true), /away/);
+  const progress = (batch: Subscription[]) =>
+    Promise.resolve(
+      batch.map(({ user }) => (user === 'here' ? { top: '1-0', attempt: 1 } : new Error('away'))),
+    );
+  await assert.rejects(delivery.heal(progress, true), /away/);
   await eventually('the end', () => ended.length > 0);
   assert.deepEqual([read, ended, delivery.size], [['here'], ['here'], 500]);
   delivery.stop();
