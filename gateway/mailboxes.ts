@@ -174,6 +174,7 @@ export function createMailboxes(parts: {
             INBOX_PAGE,
             FRESH_ENTRY_MS,
             replacesItself,
+            inboxes.ageMs,
           ],
         ),
       )) as unknown[];
@@ -471,7 +472,11 @@ export function createMailboxes(parts: {
         if (ahead > 0) {
           counters.gap();
           void read(mailbox);
-        } else if (ahead < 0 && mailbox.position === positions[index]) {
+        } else if (
+          ahead < 0 &&
+          mailbox.position === positions[index] &&
+          !inboxes.isTooOld(mailbox.position)
+        ) {
           // A failover took what was sent last: what comes now may have lower ids, by a clock that is behind.
           mailbox.position = top;
         }

@@ -9,9 +9,10 @@ import { type Command, type RedisConnection, retrying } from './redis.ts';
  * trim, and say who is connected. So a message enters an inbox once however often it is submitted, and a
  * connection that binds at the same moment either finds it in its first page or is named in the answer.
  *
- * Bounds: `mostMessages` and `ageMs` for the inbox (what is dropped unread leaves its highest id behind, so that
- * a device can be told), two hashes of `FINGERPRINTS` for what was seen, `DEVICES` cursors. Acknowledged
- * messages stay until then: another device may not have them.
+ * Bounds: `mostMessages` and `ageMs` for the inbox, two hashes of `FINGERPRINTS` for what was seen, `DEVICES`
+ * cursors. Acknowledged messages stay until then: another device may not have them. An inbox without news expires
+ * whole after `ageMs`; its highest id, and that of what was dropped before, stay with the cursors for as long
+ * again, so that a device can be told.
  */
 
 const FINGERPRINTS = 2_000; // in each of the two hashes, about 40 to 100 bytes each
@@ -111,11 +112,11 @@ export function createInboxes({
       return { id, before, connections };
     },
 
-    /** A page after an id ('' = from the start). `dropped` is the id up to which messages were dropped, or ''. */
+    /** A page after an id ('' = from the start). `dropped` is the id up to which messages after it were dropped, or ''. */
     async read(user: string, after: string): Promise<{ dropped: string; entries: InboxEntry[] }> {
-      const [dropped, page] = (await retrying(() =>
-        redis.script('read_inbox', [keys.inbox(user), keys.cursors(user)], [after, INBOX_PAGE]),
-      )) as [string, RawEntry[]];
+      const [, dropped, page] = (await retrying(() =>
+        redis.script('read_inbox', [keys.inbox(user), keys.cursors(user)], [after, INBOX_PAGE, limits.ageMs]),
+      )) as [string, string, RawEntry[]];
       return { dropped, entries: page.map(readInboxEntry) };
     },
 
@@ -138,6 +139,11 @@ export function createInboxes({
     readTop(reply: unknown): string {
       return (reply as RawEntry[])[0]?.[0] ?? '';
     },
+
+    /** True for the id of a message that is not kept any more. */
+    isTooOld: (id: string): boolean => Number(id.split('-')[0]) <= Date.now() - limits.ageMs,
+
+    ageMs: limits.ageMs,
   };
 }
 

@@ -26,7 +26,7 @@ export interface Keys {
   workers(): string;
   /** Stream: messages from people and systems. */
   inbox(user: string): string;
-  /** Hash: how far each device of a user has acknowledged, and how far the inbox was dropped unread. */
+  /** Hash: how far each device of a user has acknowledged, how far the inbox was dropped, and its highest id. */
   cursors(user: string): string;
   /** Hashes: fingerprints of the messages that an inbox took, the newer and the older ones. */
   seen(user: string): string;

@@ -1,10 +1,12 @@
+-- @include read_inbox
 -- Binds a connection to a user: the door, the presence entry and the first page of the inbox in one step, so
 -- that every message is either in the page or is sent to this connection.
 -- KEYS: 1 access, 2 connections, 3 cursors, 4 inbox
 -- ARGV: 1 connection, 2 its entry (JSON), 3 device, 4 ' node/instance node/instance ' of the live gateways or ''
 --       when not known, 5 most connections (-1 the newest only), 6 life of the entries in ms,
 --       7 inbox id to start after or '' for the device's cursor, 8 most messages in a page,
---       9 how long an entry counts as live whatever ARGV 4 says, in ms, 10 '1' when a named device replaces itself
+--       9 how long an entry counts as live whatever ARGV 4 says, in ms, 10 '1' when a named device replaces itself,
+--       11 how long messages are kept, in ms
 -- Returns {'banned', reason} | {'locked', until in ms} | {'full', connections}
 --       | {'bound', start, dropped up to or '', page, replaced connections as {connection, entry, ...}}
 local time = redis.call('TIME')
@@ -33,20 +35,6 @@ for i = 1, #replaced, 2 do redis.call('HDEL', KEYS[2], replaced[i]) end
 redis.call('HSET', KEYS[2], ARGV[1], ARGV[2])
 redis.call('PEXPIRE', KEYS[2], ARGV[6])
 
-local function above(a, b)
-  local aMs, aSeq = string.match(a, '^(%d+)%-(%d+)$')
-  local bMs, bSeq = string.match(b, '^(%d+)%-(%d+)$')
-  aMs, bMs = tonumber(aMs), tonumber(bMs)
-  return aMs > bMs or (aMs == bMs and tonumber(aSeq) > tonumber(bSeq))
-end
-local cursors = redis.call('HMGET', KEYS[3], 'd:' .. ARGV[3], 'dropped')
-local start = ARGV[7] ~= '' and ARGV[7] or cursors[1] or ''
-local dropped = cursors[2] or ''
-if dropped ~= '' and start ~= '' and not above(dropped, start) then dropped = '' end
-if start ~= '' then
-  -- Not beyond what is there, or what comes next would look like a double.
-  local top = redis.call('XREVRANGE', KEYS[4], '+', '-', 'COUNT', 1)
-  if not top[1] then start = '' elseif above(start, top[1][1]) then start = top[1][1] end
-end
-local page = redis.call('XRANGE', KEYS[4], start == '' and '-' or '(' .. start, '+', 'COUNT', ARGV[8])
-return { 'bound', start, dropped, page, replaced }
+local start = ARGV[7] ~= '' and ARGV[7] or redis.call('HGET', KEYS[3], 'd:' .. ARGV[3]) or ''
+local read = read_inbox({ KEYS[4], KEYS[3] }, { start, ARGV[8], ARGV[11] })
+return { 'bound', read[1], read[2], read[3], replaced }

@@ -11,9 +11,8 @@ local top = redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)
 local id = redis.call('XADD', KEYS[1], '*', 'm', ARGV[2])
 redis.call('PEXPIRE', KEYS[1], ARGV[4])
 
-local dropped
-local time = redis.call('TIME')
-local oldest = string.format('%.0f', math.max(0, time[1] * 1000 + math.floor(time[2] / 1000) - ARGV[4]))
+local dropped = not top[1] and redis.call('HGET', KEYS[4], 'top') -- an inbox that was there has expired whole
+local oldest = string.format('%.0f', math.max(0, string.match(id, '^%d+') - ARGV[4]))
 local aged = redis.call('XREVRANGE', KEYS[1], '(' .. oldest .. '-0', '-', 'COUNT', 1)
 if aged[1] then
   dropped = aged[1][1]
@@ -26,10 +25,10 @@ if length > tonumber(ARGV[3]) then
   dropped = first[many][1]
   redis.call('XTRIM', KEYS[1], 'MAXLEN', length - many)
 end
-if dropped then
-  redis.call('HSET', KEYS[4], 'dropped', dropped)
-  redis.call('PEXPIRE', KEYS[4], ARGV[4])
-end
+-- Cursors outlive the inbox, or what they are beyond would come again. Renewed seldom: PTTL is neither stored nor replicated.
+redis.call('HSET', KEYS[4], 'top', id)
+if dropped then redis.call('HSET', KEYS[4], 'dropped', dropped) end
+if redis.call('PTTL', KEYS[4]) < 1.5 * ARGV[4] then redis.call('PEXPIRE', KEYS[4], 2 * ARGV[4]) end
 
 local remembered = redis.call('HLEN', KEYS[2])
 if remembered > 0 and (remembered >= tonumber(ARGV[5]) or redis.call('PTTL', KEYS[2]) < tonumber(ARGV[6])) then

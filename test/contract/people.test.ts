@@ -4,6 +4,8 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { after, before, test } from 'node:test';
 import { setTimeout as delay } from 'node:timers/promises';
+import pino from 'pino';
+import { createMailboxes } from '../../gateway/mailboxes.ts';
 import { createPeopleDesk } from '../../gateway/people-desk.ts';
 import { createPostOffice } from '../../gateway/post-office.ts';
 import { startRedisServer } from '../../infra/redis-server.ts';
@@ -21,6 +23,7 @@ import {
 import { createKeys } from '../../shared/keys.ts';
 import { createLiveNodes, readPresence } from '../../shared/presence.ts';
 import { createRedis, type RedisConnection } from '../../shared/redis.ts';
+import { eventually } from '../helpers/eventually.ts';
 
 /** Inboxes, presence, groups and the quota against a real Redis. */
 
@@ -29,13 +32,14 @@ let inboxes: Inboxes;
 let stopServer: () => Promise<void>;
 const keys = createKeys('chat:');
 const MOST = 10;
+const AGE_MS = 60_000;
 
 before(async () => {
   const dir = mkdtempSync(join(tmpdir(), 'rivulet-contract-'));
   const server = await startRedisServer({ dir });
   redis = createRedis({ url: server.url, name: 'contract' });
   await redis.connected();
-  inboxes = createInboxes({ redis, keys, limits: { mostMessages: MOST, ageMs: 60_000 } });
+  inboxes = createInboxes({ redis, keys, limits: { mostMessages: MOST, ageMs: AGE_MS } });
   stopServer = async () => {
     await redis.close();
     await server.stop();
@@ -70,9 +74,11 @@ async function bind(
     most?: number;
     after?: string;
     since?: number;
+    ageMs?: number;
   } = {},
 ) {
   const { node = 'n1', device = 'default', live = ['n1', 'n2'], most = 1_000, after = '', since } = options;
+  const { ageMs = AGE_MS } = options;
   return (await redis.script(
     'bind',
     [keys.access(user), keys.connections(user), keys.cursors(user), keys.inbox(user)],
@@ -87,6 +93,7 @@ async function bind(
       INBOX_PAGE,
       10_000,
       most > 0 && most < 1_000 ? 1 : 0,
+      ageMs,
     ],
   )) as [string, string, string, [string, string[]][], string[]];
 }
@@ -145,6 +152,93 @@ test('an inbox is bounded by length and by age, and remembers how far it was dro
   assert.equal(left.entries.length, 2);
 });
 
+test('what is too old is told as dropped, also when nothing new came; what was acknowledged does not come again', async () => {
+  const ageMs = 1_000;
+  const young = createInboxes({ redis, keys, limits: { mostMessages: 100, ageMs } });
+  const user = nextUser();
+  const arrive = async (device: string, after = '') => {
+    const [, , dropped, page] = await bind(user, `on-${device}`, { device, after, ageMs });
+    return { dropped, ids: page.map(([id]) => id) };
+  };
+  const a1 = await deliver(user, 'a1', 'ann', young);
+  const a2 = await deliver(user, 'a2', 'ann', young);
+  await young.ack(user, 'phone', a2.id);
+  await delay(600);
+  const b = await deliver(user, 'b', 'ann', young);
+  await delay(600); // the first two are too old, and still there: nothing was delivered since
+  assert.deepEqual(await arrive('phone'), { dropped: '', ids: [b.id] });
+  assert.deepEqual(await arrive('laptop'), { dropped: a2.id, ids: [b.id] });
+  assert.deepEqual(await arrive('other', a1.id), { dropped: a2.id, ids: [b.id] });
+  assert.deepEqual((await young.read(user, a1.id)).dropped, a2.id);
+
+  await delay(600); // all are
+  assert.equal(
+    await redis.client.exists(keys.inbox(user)),
+    0,
+    'an idle inbox costs no more than its cursors',
+  );
+  assert.deepEqual(await arrive('phone'), { dropped: b.id, ids: [] });
+  assert.deepEqual(await young.read(user, ''), { dropped: b.id, entries: [] });
+  const c = await deliver(user, 'c', 'ann', young);
+  assert.equal(c.before, '-');
+  for (const device of ['phone', 'laptop'])
+    assert.deepEqual(await arrive(device), { dropped: b.id, ids: [c.id] });
+  // Told once to who acknowledges it, whether or not something followed.
+  await delay(ageMs + 100);
+  await young.ack(user, 'phone', c.id);
+  assert.deepEqual(await arrive('phone'), { dropped: '', ids: [] });
+  await eventually(
+    'the end of the cursors, where nothing comes',
+    async () => (await redis.client.exists(keys.cursors(user))) === 0,
+  );
+});
+
+test('who stays connected is not told that what it had became too old', async (t) => {
+  const ageMs = 500;
+  const young = createInboxes({ redis, keys, limits: { mostMessages: 100, ageMs } });
+  const user = nextUser();
+  const mailboxes = createMailboxes({
+    node: 'n1',
+    instance: 'n1-a',
+    redis,
+    keys,
+    inboxes: young,
+    live: () => createLiveNodes([], 0),
+    devicePolicy: 'any',
+    closeOthers() {},
+    counters: { delivered() {}, gap() {} },
+    log: pino({ level: 'silent' }),
+  });
+  t.after(() => mailboxes.stop());
+  const got: string[] = [];
+  const { opened } = await mailboxes.open(
+    {
+      userId: user,
+      device: 'phone',
+      connectionId: 'c1',
+      slow: false,
+      open: true,
+      sendText(text) {
+        const frame = JSON.parse(text);
+        got.push(frame.messageId ?? frame.type);
+      },
+      closeWith: (_, reason) => assert.fail(reason),
+    },
+    '',
+  );
+  assert.ok(opened.state === 'bound');
+  opened.start();
+  await deliver(user, 'o1', 'ann', young); // live entries are lost: the look finds what came
+  await mailboxes.lookAtAll();
+  await eventually('the first', () => got.length === 1);
+  await eventually('the end of the inbox', async () => (await redis.client.exists(keys.inbox(user))) === 0);
+  await mailboxes.lookAtAll();
+  await deliver(user, 'o2', 'ann', young);
+  await mailboxes.lookAtAll();
+  await eventually('the second', () => got.length > 1);
+  assert.deepEqual(got, ['o1', 'o2']);
+});
+
 test('each device has its own cursor, which only moves forward', async () => {
   const user = nextUser();
   const ids: string[] = [];
@@ -156,7 +250,8 @@ test('each device has its own cursor, which only moves forward', async () => {
   await inboxes.ack(user, 'laptop', '99999999999999-0'); // beyond the end is the end
   assert.deepEqual((await bind(user, 'c3', { device: 'laptop' }))[1], ids[4]);
   for (let index = 0; index < 50; index++) await inboxes.ack(user, `device-${index}`, ids[3]!);
-  assert.ok((await redis.client.hlen(keys.cursors(user))) <= 33);
+  const fields = await redis.client.hkeys(keys.cursors(user));
+  assert.equal(fields.filter((field) => field.startsWith('d:')).length, 32);
   assert.equal((await bind(user, 'c4', { device: 'laptop' }))[1], ids[4]); // the farthest behind went first
 });
 
