@@ -57,11 +57,21 @@ export function createAuthenticate(
   };
 
   async function verify(token: string): Promise<JWTPayload> {
-    const useSecret = secret !== null && (keySet === null || decodeProtectedHeader(token).alg === 'HS256');
-    const verified = useSecret
-      ? await jwtVerify(token, secret, { ...options, algorithms: ['HS256'] })
-      : await jwtVerify(token, keySet!, { ...options, algorithms: ASYMMETRIC });
-    return verified.payload;
+    if (secret !== null && (keySet === null || decodeProtectedHeader(token).alg === 'HS256'))
+      return (await jwtVerify(token, secret, { ...options, algorithms: ['HS256'] })).payload;
+    const rules = { ...options, algorithms: ASYMMETRIC };
+    try {
+      return (await jwtVerify(token, keySet!, rules)).payload;
+    } catch (error) {
+      if (!(error instanceof errors.JWKSMultipleMatchingKeys)) throw error;
+      for await (const key of error) // it names no key, and several of the set fit: one of them may have signed it
+        try {
+          return (await jwtVerify(token, key, rules)).payload;
+        } catch (failure) {
+          if (!(failure instanceof errors.JWSSignatureVerificationFailed)) throw failure;
+        }
+      throw error;
+    }
   }
 
   return async (claimedUserId, token) => {
@@ -121,13 +131,11 @@ function createKeySet(
   return async (header, token) => {
     try {
       const mayBeNewer = remote.coolingDown; // then a key that is not known is not asked for yet
-      const key = await remote(header, token).catch(async (error) => {
+      return await remote(header, token).catch(async (error) => {
         if (!(error instanceof errors.JWKSNoMatchingKey) || !mayBeNewer) throw error;
         await delay(cooldownMs);
         return remote(header, token);
       });
-      if (remote.fresh) fetchedMs = Date.now();
-      return key;
     } catch (error) {
       if (
         error instanceof errors.JWKSNoMatchingKey ||
@@ -145,6 +153,8 @@ function createKeySet(
       throw new RivuletError('internal', 'the keys to check tokens with cannot be fetched; try again', {
         cause: error,
       });
+    } finally {
+      if (remote.fresh) fetchedMs = Date.now();
     }
   };
 }

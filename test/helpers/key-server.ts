@@ -9,8 +9,8 @@ export interface KeyServer {
   readonly fetches: number;
   /** Replaces the key by a new one; with `keep`, the old one stays in the set. */
   rotate(keep?: boolean): Promise<void>;
-  /** A token by the newest key. */
-  sign(claims: JWTPayload, expires?: string | number): Promise<string>;
+  /** A token by the newest key, which it names unless told not to. */
+  sign(claims: JWTPayload, expires?: string | number, namesKey?: boolean): Promise<string>;
   /** The newest public key as the set has it. */
   publicKey(): JWK;
   /** Answers 503 from now on. */
@@ -49,9 +49,9 @@ export async function startKeyServer(algorithm = 'ES256'): Promise<KeyServer> {
       return fetches;
     },
     rotate,
-    sign(claims, expires = '5m') {
+    sign(claims, expires = '5m', namesKey = true) {
       return new SignJWT(claims)
-        .setProtectedHeader({ alg: algorithm, kid: signing.id })
+        .setProtectedHeader({ alg: algorithm, ...(namesKey ? { kid: signing.id } : {}) })
         .setIssuedAt()
         .setExpirationTime(expires)
         .sign(signing.key);

@@ -127,6 +127,31 @@ test('keys from a server: cached, rotated, and kept while the server is away', a
   await refused(authenticate(null, `${third.slice(0, -8)}AAAAAAAA`), 'unauthorized');
 });
 
+test('a token that names no key is tried with each that fits, also while the key server is away', async (t) => {
+  const keys = await startKeyServer();
+  const other = await startKeyServer();
+  t.after(() => Promise.all([keys.stop(), other.stop()]));
+  const nameless = (server = keys) => server.sign({ sub: '20001' }, '5m', false);
+  const authenticate = createAuthenticate(
+    { ...unset, AUTH: 'jwt', JWKS_URL: keys.url },
+    { cooldownMs: 50, freshMs: 300 },
+  );
+  const first = await nameless();
+  await keys.rotate(true);
+  const second = await nameless();
+  const refuseOthers = async () => {
+    await refused(authenticate(null, await nameless(other)), 'unauthorized', /not valid/);
+    const expired = await keys.sign({ sub: '20001' }, inSeconds(-60), false);
+    await refused(authenticate(null, expired), 'unauthorized', /expired/);
+  };
+  for (const token of [first, second]) assert.equal((await authenticate(null, token)).userId, '20001');
+  await refuseOthers();
+  keys.fail(true);
+  await new Promise((resolve) => setTimeout(resolve, 400)); // past freshMs
+  for (const token of [first, second]) assert.equal((await authenticate(null, token)).userId, '20001');
+  await refuseOthers();
+});
+
 test('a key server that never answered is nobody’s fault at the door', async (t) => {
   const keys = await startKeyServer();
   t.after(() => keys.stop());
