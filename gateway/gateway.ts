@@ -3,6 +3,7 @@ import { setTimeout as delay } from 'node:timers/promises';
 import { createSecureContext } from 'node:tls';
 import type { Logger } from 'pino';
 import { ConfigError } from '../shared/config.ts';
+import { RivuletError } from '../shared/errors.ts';
 import { createGenerationStore } from '../shared/generation-store.ts';
 import { createKeys } from '../shared/keys.ts';
 import { type Running, within } from '../shared/lifecycle.ts';
@@ -22,7 +23,7 @@ import { createClientAddress } from './client-address.ts';
 import type { GatewayConfig } from './config.ts';
 import { createDelivery } from './delivery.ts';
 import { createAiChat } from './http/ai-chat.ts';
-import { createMessageRoutes } from './http/messages.ts';
+import { createMessageRoutes, refuseApiBody } from './http/messages.ts';
 import { openApiFile } from './http/openapi.ts';
 import { createRoutes, text } from './http/routes.ts';
 import { loadStaticFiles } from './http/static-files.ts';
@@ -346,7 +347,14 @@ export async function startGateway(config: GatewayConfig, log: Logger): Promise<
           }
           return new Session(connection, token, address, sessionParts);
         },
-        answer: (call) => aiChat(call) ?? routes(call),
+        answer: (call) => aiChat.answer(call) ?? routes(call),
+        refuseBody(call, status, message) {
+          const error =
+            status === 413
+              ? new RivuletError('payload_too_large', message)
+              : new RivuletError('invalid_frame', message, { temporary: true });
+          return aiChat.refuse(call, status, error) ?? refuseApiBody(call, status, error);
+        },
         close: CLOSE,
         onError: (error, where) => log.error({ err: error, where }, 'unexpected error'),
       },

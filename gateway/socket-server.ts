@@ -76,6 +76,8 @@ export interface SocketServerOptions {
   refuseUpgrade(request: UpgradeRequest): HttpAnswer | null;
   connect(connection: Connection, request: UpgradeRequest): Peer;
   answer(call: HttpCall): Promise<HttpAnswer>;
+  /** The answer to a call whose body is too large or too slow, at once; null = in plain text. */
+  refuseBody?(call: HttpCall, status: 413 | 408, message: string): HttpAnswer | null;
   close: { noHeartbeat: number; payloadTooLarge: number; protocolViolation: number; slowClient: number };
   onError(error: unknown, where: string): void;
 }
@@ -458,6 +460,8 @@ export function listen(
       response.cork(() => writeHead(response, answer));
       stream.peer = answer.stream(stream);
     };
+    const refuse = (status: 413 | 408, message: string) =>
+      reply(options.refuseBody?.(call, status, message) ?? { status, body: `${message}\n` }, true);
     response.onAborted(() => {
       hasLeft = true;
       stream?.aborted();
@@ -472,13 +476,12 @@ export function listen(
       if (hasAnswer || hasLeft) return;
       size += chunk.byteLength;
       if (size > BODY_BYTES) {
-        reply({ status: 413, body: `A request body may have ${BODY_BYTES} bytes.\n` }, true);
+        refuse(413, `A request body may have ${BODY_BYTES} bytes.`);
         return;
       }
       parts.push(Buffer.from(Buffer.from(chunk))); // copied: uWS takes the chunk back
       if (!isLast) {
-        if (Date.now() - startedMs > BODY_MS)
-          reply({ status: 408, body: 'The request body did not arrive in time.\n' }, true);
+        if (Date.now() - startedMs > BODY_MS) refuse(408, 'The request body did not arrive in time.');
         return;
       }
       call.body = Buffer.concat(parts);

@@ -33,6 +33,8 @@ const STREAM_HEADERS = {
 const STORE_AWAY = 'The message store does not answer; try again.';
 const STORE_AWAY_MS = 2_000; // most failovers take a few of these; we have tried for seconds ourselves
 
+const WRONG_ORIGIN = new RivuletError('forbidden', 'this origin is not allowed; see ALLOWED_ORIGINS');
+
 const STATUS: Partial<Record<ErrorCode, number>> = {
   invalid_frame: 400,
   unauthorized: 401,
@@ -64,7 +66,11 @@ export interface AiChatParts {
 }
 
 /** Answers the calls that are for it; null for all others. */
-export type AiChat = (call: HttpCall) => Promise<HttpAnswer> | null;
+export interface AiChat {
+  answer(call: HttpCall): Promise<HttpAnswer> | null;
+  /** For a call whose body could not be read. */
+  refuse(call: HttpCall, status: number, error: RivuletError): HttpAnswer | null;
+}
 
 export function createAiChat(parts: AiChatParts): AiChat {
   const { aiDesk, door, log } = parts;
@@ -236,29 +242,42 @@ export function createAiChat(parts: AiChatParts): AiChat {
     return what === 'stream' ? resume(call, chatId) : stop(call, chatId);
   }
 
-  return (call) => {
-    const match = PATH.exec(call.path);
-    if (!match) return null;
-    return (async () => {
-      const origin = call.headers.get('origin') ?? '';
-      if (!parts.allowsOrigin(origin, call.headers.get('host') ?? ''))
-        return refusal(new RivuletError('forbidden', 'this origin is not allowed; see ALLOWED_ORIGINS'));
-      let answer: HttpAnswer;
-      try {
-        answer = await route(call, decode(match[1]), match[2]);
-      } catch (error) {
-        if (error instanceof RivuletError) answer = refusal(error);
-        else if (isConnectionError(error)) {
+  function mayCall(call: HttpCall): boolean {
+    return parts.allowsOrigin(call.headers.get('origin') ?? '', call.headers.get('host') ?? '');
+  }
+
+  return {
+    answer(call) {
+      const match = PATH.exec(call.path);
+      if (!match) return null;
+      return (async () => {
+        if (!mayCall(call)) return refusal(WRONG_ORIGIN);
+        try {
+          return readableBy(call, await route(call, decode(match[1]), match[2]));
+        } catch (error) {
+          if (error instanceof RivuletError) return readableBy(call, refusal(error));
+          if (!isConnectionError(error)) throw error;
           log.warn({ err: describeError(error), call: match[2] ?? 'ask' }, 'call failed: redis is away');
-          answer = refusal(new RivuletError('internal', STORE_AWAY, { retryAfterMs: STORE_AWAY_MS }));
-        } else throw error;
-      }
-      if (origin === '') return answer;
-      return {
-        ...answer,
-        headers: { ...answer.headers, 'access-control-allow-origin': origin, vary: 'origin' },
-      };
-    })();
+          const away = new RivuletError('internal', STORE_AWAY, { retryAfterMs: STORE_AWAY_MS });
+          return readableBy(call, refusal(away));
+        }
+      })();
+    },
+    refuse(call, status, error) {
+      if (!PATH.test(call.path)) return null;
+      if (!mayCall(call)) return refusal(WRONG_ORIGIN);
+      return readableBy(call, { ...refusal(error), status });
+    },
+  };
+}
+
+/** Pages of other origins see nothing of an answer that does not name them. */
+function readableBy(call: HttpCall, answer: HttpAnswer): HttpAnswer {
+  const origin = call.headers.get('origin') ?? '';
+  if (origin === '') return answer;
+  return {
+    ...answer,
+    headers: { ...answer.headers, 'access-control-allow-origin': origin, vary: 'origin' },
   };
 }
 

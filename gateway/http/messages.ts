@@ -222,6 +222,12 @@ export function createMessageRoutes(parts: MessageRouteParts): Record<string, Re
   };
 }
 
+/** For a call of the HTTP API whose body could not be read; null for all others. */
+export function refuseApiBody(call: HttpCall, status: number, error: RivuletError): HttpAnswer | null {
+  if (!call.path.startsWith('/v1/')) return null;
+  return new Refused(status, error.code, error.message).answer;
+}
+
 function readJson(call: HttpCall): unknown {
   try {
     return JSON.parse(new TextDecoder('utf-8', { fatal: true }).decode(call.body));

@@ -590,6 +590,19 @@ test('HTTP: status codes, origins, and what an older SDK is told about a restart
   assert.equal((await post(question('h', { userId: 9 }), {}, '')).status, 400);
   assert.equal((await post(question('h'), { origin: 'https://evil.example' })).status, 403);
   assert.equal((await post(question('h', { messages: [user('u1', 'x'.repeat(300_000))] }))).status, 413);
+  const whole = await post(' '.repeat(1_048_577), { origin: http }); // more than a body may have: it is not read
+  assert.equal(whole.headers.get('access-control-allow-origin'), http);
+  const { error } = (await whole.json()) as { error: object };
+  assert.deepEqual(
+    { status: whole.status, ...error },
+    {
+      status: 413,
+      code: 'payload_too_large',
+      message: 'A request body may have 1048576 bytes.',
+      temporary: false,
+    },
+  );
+  assert.equal((await post(' '.repeat(1_048_577), { origin: 'https://evil.example' })).status, 403);
   assert.equal((await fetch(`${http}/api/chat?userId=21040`)).status, 405);
   assert.equal((await fetch(`${http}/api/chat/%zz/stream?userId=21040`)).status, 400);
   assert.equal((await fetch(`${http}/api/chat/none/stream?userId=21040`)).status, 204);

@@ -163,6 +163,7 @@ test('mistakes are answered by name', async () => {
     [{ to: { user: 'a' } }, 400, 'invalid_frame', /contents/],
     [{ to: { user: 'a' }, contents: '' }, 400, 'invalid_frame', /contents/],
     [{ to: { user: 'a' }, contents: 'x'.repeat(16_385) }, 413, 'payload_too_large', /16384/],
+    [' '.repeat(1_048_577), 413, 'payload_too_large', /A request body may have 1048576 bytes/],
     [{ to: { user: 'a' }, contents: 'x', messageId: 'no spaces' }, 400, 'invalid_frame', /messageId/],
     [{ to: { user: 'a' }, contents: 'x', colour: 1 }, 400, 'invalid_frame', /colour/],
   ];

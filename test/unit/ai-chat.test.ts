@@ -23,7 +23,7 @@ function openChat(error: Error) {
     log: { warn: (facts: object) => warnings.push(facts) },
   } as unknown as AiChatParts);
   const call = (method: string, path: string, body: object | string = '') =>
-    aiChat({
+    aiChat.answer({
       method,
       path,
       query: new URLSearchParams('userId=20001'),
