@@ -8,6 +8,7 @@ import {
   nodeIdSchema,
   parseConfig,
   retentionMs,
+  webUrl,
   withRedisTls,
 } from '../shared/config.ts';
 import { parseNetwork } from './client-address.ts';
@@ -18,6 +19,11 @@ const list = z.string().transform((text) =>
     .split(',')
     .map((part) => part.trim())
     .filter((part) => part !== ''),
+);
+
+const apiKeys = list.refine(
+  (all) => all.every((one) => /^[\x21-\x7e]+$/.test(one)),
+  'API_KEYS may hold only visible ASCII characters, as bearer tokens do',
 );
 
 const networks = list.refine(
@@ -41,13 +47,13 @@ export const gatewaySettings = z
     NODE_ID: nodeIdSchema,
     HOST: z.string().min(1).default('127.0.0.1'),
     PORT: integer('PORT', 0, 65_535).default(8080),
-    PUBLIC_URL: z.url('PUBLIC_URL must be a URL, as http://gateway-1.example:8080').optional(),
+    PUBLIC_URL: webUrl('PUBLIC_URL', ', as http://gateway-1.example:8080').optional(),
     AUTH: z.enum(['none', 'jwt'], 'AUTH must be none or jwt').default('none'),
     JWT_SECRET: z.string().min(32, 'JWT_SECRET must have at least 32 characters').optional(),
-    JWKS_URL: z.url('JWKS_URL must be a URL').optional(),
+    JWKS_URL: webUrl('JWKS_URL').optional(),
     JWT_ISSUER: z.string().min(1).optional(),
     JWT_AUDIENCE: z.string().min(1).optional(),
-    API_KEYS: list.default([]),
+    API_KEYS: apiKeys.default([]),
     QUEUE_LIMIT: integer('QUEUE_LIMIT', 1, 1_000_000).default(100),
     USER_ACTIVE_LIMIT: integer('USER_ACTIVE_LIMIT', 1, 1_000).default(4),
     MAX_FRAME_BYTES: integer('MAX_FRAME_BYTES', 1_024, 16_777_216).default(262_144),
@@ -68,7 +74,7 @@ export const gatewaySettings = z
     QUOTA_PER_DAY: integer('QUOTA_PER_DAY', 0, 1_000_000_000).default(0),
     MODELS: list.default([]),
     MODERATION_WORDS: z.string().min(1).optional(),
-    MODERATION_URL: z.url('MODERATION_URL must be a URL').optional(),
+    MODERATION_URL: webUrl('MODERATION_URL').optional(),
     MODERATION_TIMEOUT_MS: integer('MODERATION_TIMEOUT_MS', 10, 60_000).default(2_000),
     MODERATION_FAILURE: z
       .enum(['open', 'closed'], 'MODERATION_FAILURE must be open or closed')

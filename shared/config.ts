@@ -27,6 +27,12 @@ export const integer = (name: string, min: number, max: number) =>
     .transform(Number)
     .refine((value) => value >= min && value <= max, `${name} must be from ${min} to ${max}`);
 
+/** An address that `fetch` takes: it refuses those with a password in them. */
+export function webUrl(name: string, example = '') {
+  const error = `${name} must be an http:// or https:// address without user and password${example}`;
+  return z.url({ protocol: /^https?$/, error }).refine((text) => !/^[^/]*\/\/[^/?#]*@/.test(text), error);
+}
+
 const LEVELS = ['trace', 'debug', 'info', 'warn', 'error', 'fatal', 'silent'] as const;
 const REDIS_SCHEMES = /^(redis|rediss|redis\+sentinel|rediss\+sentinel|redis\+cluster|rediss\+cluster):\/\//;
 
@@ -48,7 +54,7 @@ export const commonSettings = {
     .regex(/^[A-Za-z0-9._:-]{1,64}$/, 'KEY_PREFIX may hold 1 to 64 of A-Z a-z 0-9 . _ : -')
     .default('chat:'),
   /** Where traces go, as http://collector:4318; unset = no traces, and nothing loaded for them. */
-  OTEL_EXPORTER_OTLP_ENDPOINT: z.url('OTEL_EXPORTER_OTLP_ENDPOINT must be a URL').optional(),
+  OTEL_EXPORTER_OTLP_ENDPOINT: webUrl('OTEL_EXPORTER_OTLP_ENDPOINT').optional(),
   LOG_LEVEL: z.enum(LEVELS, `LOG_LEVEL must be one of ${LEVELS.join(', ')}`).default('info'),
 };
 

@@ -136,6 +136,8 @@ test('settings: defaults, and mistakes named by variable', () => {
   assert.equal(gateway.PORT, 8080);
   assert.equal(gateway.QUEUE_LIMIT, 100);
   assert.deepEqual(gateway.API_KEYS, ['a', 'b']);
+  const urls = { JWKS_URL: 'https://id.example/keys?v=a@b', MODERATION_URL: 'http://127.0.0.1:1/x' };
+  assert.equal(readGatewayConfig({ NODE_ID: 'n1', ...urls }).JWKS_URL, urls.JWKS_URL);
   const worker = readWorkerConfig({});
   assert.equal(worker.WORKER_CONCURRENCY, 16);
   assert.equal(worker.EXIT_WHEN_IDLE_MS, undefined);
@@ -147,6 +149,19 @@ test('settings: defaults, and mistakes named by variable', () => {
     [() => readGatewayConfig({ NODE_ID: 'n', AUTH: 'magic' }), /AUTH must be none or jwt/],
     [() => readGatewayConfig({ NODE_ID: 'n', AUTH: 'jwt' }), /JWT_SECRET or JWKS_URL/],
     [() => readGatewayConfig({ NODE_ID: 'n', REDIS_URL: 'http://x' }), /REDIS_URL must start with/],
+    ...(['PUBLIC_URL', 'JWKS_URL', 'MODERATION_URL', 'OTEL_EXPORTER_OTLP_ENDPOINT'] as const).flatMap(
+      (name) =>
+        ['file:///etc/keys', 'ftp://x', 'http:x', 'x', 'https://u:p@x/y'].map(
+          (value): [() => unknown, RegExp] => [
+            () => readGatewayConfig({ NODE_ID: 'n', [name]: value }),
+            new RegExp(`^Error: Wrong settings: ${name} must be an http:// or https:// address`),
+          ],
+        ),
+    ),
+    ...['a b', 'good,a\tb', 'é', 'a\u00a0b', 'a\u200b'].map((keys): [() => unknown, RegExp] => [
+      () => readGatewayConfig({ NODE_ID: 'n', API_KEYS: keys }),
+      /API_KEYS may hold only visible ASCII characters/,
+    ]),
     [() => readWorkerConfig({ WORKER_CONCURRENCY: '0' }), /WORKER_CONCURRENCY must be from 1/],
     [() => readWorkerConfig({ LOG_LEVEL: 'loud' }), /LOG_LEVEL must be one of/],
   ];
