@@ -45,6 +45,7 @@ async function main(args: string[], env: NodeJS.ProcessEnv): Promise<number> {
   const [command] = positionals;
   if (!command) throw new UsageError('a command is missing');
   if (!COMMANDS.includes(command)) throw new UsageError(`there is no command ${command}`);
+  if (values.by?.trim() === '') throw new UsageError('--by must name somebody');
   const config = chooseRedis(values, env);
   const redis = createRedis({ url: config.REDIS_URL, name: 'users' });
   try {
@@ -69,7 +70,11 @@ async function runCommand(
   const keys = createKeys(prefix);
   const access = createAccessStore({ redis, keys });
   if (command === 'audit') {
-    const entries = await access.readAudit(rest[0] ? readNumber(rest[0]) : 20);
+    refuseMore(rest.slice(1));
+    const most = rest[0] === undefined ? 20 : readNumber(rest[0]);
+    if (most === 0) throw new UsageError('audit shows at least one decision');
+    const entries = await access.readAudit(most);
+    if (entries.length === 0) return ['No decisions.'];
     return entries.map(
       ({ time, by, action, user, details }) =>
         `${new Date(time).toISOString()}  ${by}  ${action} ${user}${details ? `  ${details}` : ''}`,
@@ -79,6 +84,7 @@ async function runCommand(
   if ('reason' in parsed) throw new UsageError(parsed.reason);
   const user = parsed.userId;
   const argument = rest.slice(1).join(' ');
+  if (command === 'unban' || command === 'unlock' || command === 'show') refuseMore(rest.slice(1));
   switch (command) {
     case 'ban':
       await access.ban(user, argument || 'no reason given', by);
@@ -133,18 +139,32 @@ function describeQuota(quota: number | null): string {
   return quota < 0 ? 'any number of conversations a day' : `${quota} conversations a day`;
 }
 
+function refuseMore(words: string[]): void {
+  if (words.length > 0) throw new UsageError(`Unexpected argument '${words[0]}'`);
+}
+
 function readNumber(text: string): number {
   if (!/^\d{1,9}$/.test(text)) throw new UsageError(`"${text}" is not a number`);
   return Number(text);
 }
 
 const UNITS_MS: Record<string, number> = { m: 60_000, h: 3_600_000, d: 86_400_000 };
+const DATE = /^(\d{4}-\d\d-\d\d)(?:[T ]\d\d:\d\d(?::\d\d(?:\.\d+)?)?(?:Z|[+-]\d\d:\d\d)?)?$/;
+
+/** The time of a date that is in the calendar, else NaN: `Date.parse` takes February 31 for March 3, and words for nothing. */
+function parseDate(text: string): number {
+  const day = DATE.exec(text)?.[1];
+  if (day === undefined) return Number.NaN;
+  const isThere = new Date(Date.parse(day) || 0).toISOString().startsWith(day);
+  return isThere ? Date.parse(text) : Number.NaN;
+}
 
 /** A time to come: a span from now, or a date. */
 function readUntil(text: string, nowMs: number): number {
   const span = /^(\d{1,6})([mhd])$/.exec(text);
-  const untilMs = span ? nowMs + Number(span[1]) * UNITS_MS[span[2]!]! : Date.parse(text);
-  if (Number.isNaN(untilMs)) throw new UsageError(`"${text}" is neither a span as 12h nor a date`);
+  const untilMs = span ? nowMs + Number(span[1]) * UNITS_MS[span[2]!]! : parseDate(text);
+  if (Number.isNaN(untilMs))
+    throw new UsageError(`"${text}" is neither a span as 12h nor a date as 2030-01-31 or 2030-01-31T12:00Z`);
   if (untilMs <= nowMs) throw new UsageError(`${text} is in the past`);
   return untilMs;
 }

@@ -89,7 +89,7 @@ async function users(...args: string[]): Promise<string> {
   const url = process.env.TEST_REDIS_URL ? stack.redisUrl : urlFor('operator', stack.redisUrl);
   const { stdout } = await run(
     process.execPath,
-    ['--import', './infra/typescript.mjs', 'infra/users.ts', ...args, '--redis', url, '--by', 'tester'],
+    ['--import', './infra/typescript.mjs', 'infra/users.ts', '--redis', url, '--by', 'tester', ...args],
     { cwd: ROOT },
   );
   return stdout;
@@ -112,6 +112,23 @@ test('a ban closes the connections on every node, and the door, until it is take
   const audit = await users('audit');
   assert.match(audit, new RegExp(`tester {2}unban ${user}\\n`));
   assert.match(audit, new RegExp(`tester {2}ban ${user} {2}sold spam`));
+});
+
+test('the command of administrators does nothing when it is called wrongly', async () => {
+  const user = nextUser();
+  const wrong: [string[], RegExp][] = [
+    [['audit', '0'], /at least one/],
+    [['show', user, 'extra', 'words'], /Unexpected argument 'extra'/],
+    [['ban', user, '--by', ' '], /--by must name somebody/],
+    [['lock', user, '2090-02-31'], /neither a span as 12h nor a date/],
+    [['lock', user, '2090-02-30T10:00Z'], /neither a span as 12h nor a date/],
+    [['lock', user, 'maybe', '2090'], /neither a span as 12h nor a date/],
+  ];
+  await Promise.all(wrong.map(([args, says]) => assert.rejects(users(...args), says, args.join(' '))));
+  assert.doesNotMatch(await users('audit'), new RegExp(`${user}\\b`));
+  assert.equal(await users('audit', '--prefix', 'chat:nobody:'), 'No decisions.\n');
+  const locked = await users('lock', user, '2092-02-29T23:00:30-02:00');
+  assert.match(locked, /is locked until 2092-03-01T01:00:30.000Z/);
 });
 
 test('a lock ends by itself', async () => {
