@@ -44,6 +44,8 @@ export interface AiSessionParts {
 interface Request {
   id: string;
   kind: 'send' | 'resume';
+  /** The question or the chat. */
+  about: string;
   sequence: number;
   stream: AiStream | null;
 }
@@ -219,7 +221,7 @@ export class AiSession implements Rated, AiGuest {
     for (const abort of [...this.aborts]) if (abort.chat === conversationOf(frame.id)) await abort.run();
     const read = readQuestion({ ...frame.body, ...frame }, maxFrameBytes);
     if ('code' in read) throw new RivuletError(read.code, read.message);
-    const request = this.open(frame.requestId, 'send');
+    const request = this.open(frame.requestId, 'send', read.question.messageId);
     if (request) await this.follow(request, aiDesk.ask(this.userId, read.question, this.sink(request), true));
   }
 
@@ -241,7 +243,7 @@ export class AiSession implements Rated, AiGuest {
       this.unconfirmed.delete(payload);
       await this.parts.aiDesk.settle(stream.user, stream.chat, stream.messageId);
     }
-    const request = this.open(frame.requestId, 'resume');
+    const request = this.open(frame.requestId, 'resume', chat);
     if (!request) return;
     const stream = await this.follow(
       request,
@@ -250,11 +252,13 @@ export class AiSession implements Rated, AiGuest {
     if (!stream) this.send({ type: 'no-active', requestId: request.id });
   }
 
-  private open(id: string, kind: Request['kind']): Request | null {
-    if (this.requests.has(id)) return null; // the first of that name is being answered
+  private open(id: string, kind: Request['kind'], about: string): Request | null {
+    const underWay = this.requests.get(id);
+    if (underWay?.about === about) return null; // the same again: it is being answered
+    if (underWay) throw new RivuletError('invalid_frame', `requestId ${id} has another answer under way`);
     if (this.requests.size >= MOST_REQUESTS)
       throw new RivuletError('too_many_active', `at most ${MOST_REQUESTS} answers on one connection`);
-    const request: Request = { id, kind, sequence: 0, stream: null };
+    const request: Request = { id, kind, about, sequence: 0, stream: null };
     this.requests.set(id, request);
     return request;
   }

@@ -114,6 +114,25 @@ test('a stop that waits in line is carried out when the client leaves; what else
   assert.equal(sent.filter(({ type }) => type === 'error').length, 0);
 });
 
+test('a request id that is being answered: the same again is silent, anything else is told', async () => {
+  const { session, ask, sent } = openSession();
+  await ask('bound');
+  const errors = () => sent.filter(({ type }) => type === 'error');
+  const resume = async (chat: string) => {
+    session.onText(JSON.stringify({ type: 'resume', requestId: 'r1', id: chat }));
+    await turn();
+  };
+  await resume('a');
+  await resume('a');
+  assert.deepEqual(errors(), []);
+  await resume('b');
+  session.onText(JSON.stringify({ type: 'send', requestId: 'r1', id: 'a', messages: [message()] }));
+  await turn();
+  const errorText = 'requestId r1 has another answer under way';
+  const told = { type: 'error', requestId: 'r1', errorText };
+  assert.deepEqual(errors(), [told, told]);
+});
+
 test('while Redis is away a frame fails with a warning, without a stack', async () => {
   const away = openSession(Object.assign(new Error('x'), { name: 'MaxRetriesPerRequestError' }));
   await away.ask('a');
