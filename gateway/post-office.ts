@@ -147,9 +147,10 @@ export function createPostOffice(parts: {
     },
 
     /**
-     * To everyone who is online now; not kept for the others. Counted as the gateways last told, up to 2 s ago. The outcome
-     * is kept once every gateway has it: whoever repeats after a failure may make some see the notice twice, which is
-     * better than to be told that all is well with one that nobody got.
+     * To everyone who is online now; not kept for the others. Counted as the gateways last told, up to 2 s ago, and a user
+     * on two of them twice: to compare their users would cost more than the notice. The outcome is kept once every gateway
+     * has it: whoever repeats after a failure may make some see the notice twice, which is better than to be told that all is
+     * well with one that nobody got.
      */
     toAll(message: MessageContents): Promise<Outcome> {
       return once(message, targetOf({ all: true }), () => publishNotice(message));

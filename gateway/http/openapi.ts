@@ -61,7 +61,7 @@ export function createOpenApi(limits: { messageBytes: number; mostUsers: number 
           operationId: 'sendMessage',
           summary: 'Sends a message to a user, several users, a group, or everyone who is online.',
           description:
-            'Kept in the inboxes before it is answered, except to all, which reaches only who is online. The same messageId again is answered like the first time and delivered once; to other users, to another group or to all it is an error.',
+            'Kept in the inboxes before it is answered, except to all, which reaches only who is online. The same messageId again is answered like the first time and delivered once; to other users, to another group or to all it is an error, to another single user another message. Of all, a user counts once for each gateway that they are connected to.',
           requestBody: {
             required: true,
             content: content('MessageRequest', {

@@ -69,6 +69,9 @@ test('a message to one user: online or not, once for each messageId', async () =
     { gateway: n2 },
   );
   assert.deepEqual(again, first);
+  // To another person it is another message.
+  const other = await send({ to: { user: 'cy' }, contents: 'shipped', messageId: 'order-1' });
+  assert.deepEqual([other.status, other.body.offline], [202, 1]);
   const offline = await send({ to: { user: 20_077 }, contents: 'hello' });
   assert.equal(offline.body.offline, 1);
   const late = await open('20077', n2);
