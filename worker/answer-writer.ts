@@ -29,8 +29,8 @@ import type { Appender } from './appender.ts';
  * end of the turn. An answer that is complete by then begins and ends in one step, and needs no log at all.
  *
  * States: (expected →) open → (an append failed) mending → open | fenced; open → ended. An expected one may turn out to
- * be stale: Redis says that it is no first attempt, and has written nothing of it. A refusal is read, not guessed: mending asks Redis who owns
- * the log, appends again what it lacks, and only then says "fenced".
+ * be stale: Redis says that it is no first attempt, and has written nothing of it. A refusal is read, not guessed: mending
+ * asks Redis who owns the log, appends again what it lacks, and only then says "fenced".
  * Memory: the attempt's whole text, because a failover may take any of it from the log.
  */
 

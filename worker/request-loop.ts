@@ -27,6 +27,7 @@ const REGISTRY_MS = 1_000; // a new gateway's requests are seen within this and 
 const PAUSE_MS = 250; // after an error
 const ASKING_MS = 1_000; // that a read may keep room from the others: its server may be away
 const AGAIN_MS = 5; // between looks whether such a read has left any
+const LOOK_MS = 500; // between looks at what is pending under its name
 const DOUBT_MS = 2 * BLOCK_MS; // a server that has not noticed the loss may still give away for so long
 
 export interface RequestSource {
@@ -146,6 +147,7 @@ export function readRequests(parts: {
 
   async function loop(reader: RedisConnection, mine: () => string[], stopped: () => boolean): Promise<void> {
     let certainUntil = 0;
+    let lookedMs = 0;
     while (!signal.aborted && !stopped()) {
       const names = mine();
       if (names.length === 0) {
@@ -157,8 +159,9 @@ export function readRequests(parts: {
         continue;
       }
       try {
-        if (certainUntil < doubtfulUntil) {
-          const now = Date.now();
+        const now = Date.now();
+        if (certainUntil < doubtfulUntil && now - lookedMs >= LOOK_MS) {
+          lookedMs = now;
           await takeBack(names);
           if (now >= doubtfulUntil) certainUntil = doubtfulUntil;
         }
