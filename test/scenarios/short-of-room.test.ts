@@ -22,7 +22,7 @@ test('what a worker read without room for it goes to one that has room', { timeo
   const [first, second] = await Promise.all(
     stack.gateways.map((gateway, index) => stack.client(20001 + index, gateway)),
   );
-  const proxy = await startProxy(() => Number(new URL(stack.redisUrl).port), 30);
+  const proxy = await startProxy(() => Number(new URL(stack.redisUrl).port), 100);
   t.after(() => proxy.stop());
   await stack.addWorker({ REDIS_URL: proxy.url, WORKER_CONCURRENCY: '1' });
 
