@@ -139,10 +139,11 @@ export function isConnectionError(error: unknown): boolean {
     error.name === 'MaxRetriesPerRequestError' ||
     error.name === 'AbortError' ||
     error.name === 'ClusterAllFailedError' ||
-    /^(READONLY|LOADING|MASTERDOWN|CLUSTERDOWN|TRYAGAIN|NOREPLICAS|UNBLOCKED|MISCONF|OOM)/.test(
+    /^(READONLY|LOADING|BUSY|MASTERDOWN|CLUSTERDOWN|TRYAGAIN|NOREPLICAS|UNBLOCKED|MISCONF|OOM)\b/.test(
       error.message,
     ) ||
-    /Connection is closed|isn't writeable|Failed to refresh slots|None of startup nodes|Command timed out|silent|All sentinels are unreachable/i.test(
+    // Too many redirections: a Cluster that was down, or moved what was asked for, through all tries of ioredis.
+    /Connection is closed|isn't writeable|Failed to refresh slots|None of startup nodes|Too many Cluster redirections|Command timed out|silent|All sentinels are unreachable/i.test(
       error.message,
     )
   );

@@ -80,6 +80,7 @@ test('errors that a repeat may cure are told apart', () => {
   assert.ok(isConnectionError(new Error('Connection is closed.')));
   assert.ok(!isConnectionError(new Error('ERR The ID specified in XADD is equal or smaller')));
   assert.ok(!isConnectionError(new Error('NOGROUP No such key')));
+  assert.ok(!isConnectionError(new Error('BUSYGROUP Consumer Group name already exists')));
 });
 
 test('reply entries carry several frames, in bounded pieces', () => {

@@ -1,0 +1,69 @@
+import assert from 'node:assert/strict';
+import { mkdtempSync, rmSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { type TestContext, test } from 'node:test';
+import { startRedisServer } from '../../infra/redis-server.ts';
+import { createRedis, isConnectionError, type RedisConnection, retrying } from '../../shared/redis.ts';
+import { eventually } from '../helpers/eventually.ts';
+import { freePortAndAt } from '../helpers/free-port.ts';
+
+/** What `shared/redis.ts` makes of a real server in trouble. */
+
+async function startServer(t: TestContext, args: string[] = [], port = 0) {
+  const dir = mkdtempSync(join(tmpdir(), 'rivulet-redis-'));
+  const server = await startRedisServer({ dir, args, port });
+  t.after(async () => {
+    await server.stop();
+    rmSync(dir, { recursive: true, force: true });
+  });
+  return server;
+}
+
+async function connect(t: TestContext, url: string, options = {}): Promise<RedisConnection> {
+  const redis = createRedis({ url, name: 'test', ...options });
+  t.after(() => redis.close());
+  await redis.connected();
+  return redis;
+}
+
+/** A Cluster of one master that has all slots. */
+async function startOneNodeCluster(t: TestContext) {
+  const args = ['--cluster-enabled', 'yes', '--cluster-announce-ip', '127.0.0.1'];
+  const server = await startServer(t, args, await freePortAndAt(10_000)); // the bus has the other
+  const { client: admin } = await connect(t, server.url);
+  await admin.call('cluster', 'ADDSLOTSRANGE', 0, 16_383);
+  await eventually('a cluster that is ok', async () =>
+    /cluster_state:ok/.test((await admin.call('cluster', 'INFO')) as string),
+  );
+  return { admin, cluster: await connect(t, server.url.replace('redis', 'redis+cluster')) };
+}
+
+test('a Cluster that is down for longer than ioredis has patience: a repeat may cure it', async (t) => {
+  const { admin, cluster } = await startOneNodeCluster(t);
+  await admin.call('cluster', 'DELSLOTS', 3);
+  const error = await cluster.send(['set', 'key', 'value']).catch((reason) => reason);
+  assert.match(String(error), /Too many Cluster redirections.*CLUSTERDOWN/);
+  assert.ok(isConnectionError(error));
+  const written = retrying(() => cluster.send(['set', 'key', 'value']));
+  setTimeout(() => admin.call('cluster', 'ADDSLOTS', 3), 3_000);
+  assert.equal(await written, 'OK');
+});
+
+test('a server that is busy with a script: a repeat may cure it', async (t) => {
+  const server = await startServer(t, ['--busy-reply-threshold', '50']);
+  const redis = await connect(t, server.url);
+  const { client: other } = await connect(t, server.url);
+  const script = other.eval('while true do end', 0).catch((reason) => reason);
+  const error = await eventually('a refusal', () =>
+    redis.send(['set', 'key', 'value']).then(
+      () => null,
+      (reason) => reason,
+    ),
+  );
+  assert.match(error.message, /^BUSY /);
+  const written = retrying(() => redis.send(['set', 'key', 'value']));
+  setTimeout(() => redis.client.script('KILL'), 500);
+  assert.equal(await written, 'OK');
+  await script;
+});
