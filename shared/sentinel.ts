@@ -88,9 +88,12 @@ export class AgreedMaster extends SentinelConnector {
       this.#epoch = latest[0]!.epoch;
       // ioredis asks one of these once more: it must not come to one that knows less, and listen to all of them later.
       this.sentinelIterator = new SentinelIterator(latest.map(({ sentinel }) => sentinel));
-      const stream = await super.connect(emit);
-      for (const { host = '127.0.0.1', port = 26379 } of sentinels) this.sentinelIterator.add({ host, port });
-      return stream;
+      try {
+        return await super.connect(emit);
+      } finally {
+        for (const { host = '127.0.0.1', port = 26379 } of sentinels)
+          this.sentinelIterator.add({ host, port });
+      }
     }
   }
 
