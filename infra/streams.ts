@@ -40,10 +40,9 @@ async function main(args: string[], env: NodeJS.ProcessEnv): Promise<number> {
   const redis = createRedis({ url: config.REDIS_URL, name: 'streams' });
   try {
     await redis.connected(REACH_MS).catch((error: Error) => {
-      const hint = config.isNamed
-        ? ''
-        : '\nNo npm start runs from this folder; start it, or name a Redis with --redis.';
-      throw new Error(error.message + hint);
+      if (!config.isNamed)
+        error.message += '\nNo npm start runs from this folder; start it, or name a Redis with --redis.';
+      throw error;
     });
     const look = () => readSnapshot(redis, config.KEY_PREFIX);
     if (values.json) console.log(JSON.stringify(await look(), null, 2));

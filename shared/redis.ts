@@ -52,7 +52,7 @@ export interface RedisConnection {
   blocked(blockMs: number, read: Command): Promise<unknown>;
   /** Calls back after every reconnect (not after the first connect). Returns the unsubscriber. */
   onReconnect(listener: () => void): () => void;
-  /** Rejects when the first connection is not there in time. */
+  /** Rejects when the first connection is not there in time, with a ConfigError when its database cannot be selected. */
   connected(timeoutMs?: number): Promise<void>;
   /** True when the connection can take commands now. */
   isReady(): boolean;
@@ -249,6 +249,14 @@ export function createRedis(options: RedisConnectionOptions): RedisConnection {
           if (!closed) redis.connect().catch(() => {});
         }, RECONNECT_MS * Math.random()).unref();
       });
+  let refused = ''; // why the database of REDIS_URL cannot be selected
+  for (const redis of [client, hot])
+    if (redis instanceof Redis)
+      redis.on('error', (error: Error & { command?: { name: string } }) => {
+        if (error.name !== 'ReplyError' || error.command?.name !== 'select') return;
+        if (/^(ERR|NOPERM)/.test(error.message)) refused = error.message; // all else may pass
+        redis.stream.destroy(); // ioredis would go on with database 0, whose keys are others'
+      });
   let lastError = '';
   hot?.on('error', () => {}); // `client` has the same trouble, and says so
   client.on('error', (error: Error) => {
@@ -431,6 +439,8 @@ export function createRedis(options: RedisConnectionOptions): RedisConnection {
       const deadline = Date.now() + timeoutMs;
       for (;;) {
         if (connection.isReady()) return;
+        if (refused && !everReady)
+          throw wrongUrl(`the database ${target.options.db} cannot be selected: ${refused}`);
         if (Date.now() > deadline || closed)
           throw new Error(
             lastError.startsWith('Protocol error')
@@ -484,19 +494,23 @@ function readTlsOptions(query: string): NonNullable<RedisOptions['tls']> {
   return { ...read('ca'), ...read('cert'), ...read('key') };
 }
 
-/** Reads REDIS_URL: see the top of the file. @throws Error that names what is wrong */
+const wrongUrl = (reason: string) => new ConfigError(`Wrong settings: REDIS_URL: ${reason}`);
+
+/** Reads REDIS_URL: see the top of the file. @throws ConfigError that names what is wrong */
 export function parseRedisUrl(text: string): Target {
   const match =
     /^(rediss?)(?:\+(sentinel|cluster))?:\/\/(?:([^@/]*)@)?([^/?]+)(?:\/([^?]*))?(?:\?(.*))?$/.exec(text);
-  if (!match) throw new Error(`REDIS_URL ${redactUrl(text)} cannot be read`);
-  const unescaped = 'REDIS_URL: in user and password, write what is not a letter or digit percent-encoded';
+  if (!match) throw wrongUrl(`${redactUrl(text)} cannot be read`);
+  const unescaped = 'in user and password, write what is not a letter or digit percent-encoded';
   const ats = text.split('?', 1)[0]!.split('@').length - 1;
-  if (ats > (match[3] === undefined ? 0 : 1)) throw new Error(unescaped);
+  if (ats > (match[3] === undefined ? 0 : 1)) throw wrongUrl(unescaped);
   const [, scheme, engine, credentials, hostList, path, query] = match;
   const [username, password] = credentials?.includes(':') ? credentials.split(/:(.*)/s) : ['', credentials];
   const hosts = hostList!.split(',').map((entry) => {
     const [, host, port] = /^(\[[^\]]+\]|[^:]+)(?::(\d+))?$/.exec(entry) ?? [];
-    if (!host) throw new Error(`REDIS_URL: ${entry} is not host:port`);
+    if (!host) throw wrongUrl(`${entry} is not host:port`);
+    if (port && (Number(port) < 1 || Number(port) > 65_535))
+      throw wrongUrl(`the port of ${entry} must be from 1 to 65535`);
     return {
       host: host.replace(/^\[|\]$/g, ''),
       port: port ? Number(port) : engine === 'sentinel' ? 26379 : 6379,
@@ -505,8 +519,8 @@ export function parseRedisUrl(text: string): Target {
   const decode = (part: string) => {
     try {
       return decodeURIComponent(part);
-    } catch (cause) {
-      throw new Error(unescaped, { cause });
+    } catch {
+      throw wrongUrl(unescaped);
     }
   };
   const options: RedisOptions = {
@@ -514,12 +528,13 @@ export function parseRedisUrl(text: string): Target {
     ...(password ? { password: decode(password) } : {}),
     ...(scheme === 'rediss' ? { tls: readTlsOptions(query ?? '') } : {}),
   };
-  if (engine === 'cluster') return { kind: 'cluster', options, nodes: hosts };
+  if (engine === 'cluster') {
+    if (path && path !== '0') throw wrongUrl('a Cluster has no database but 0');
+    return { kind: 'cluster', options, nodes: hosts };
+  }
   if (engine === 'sentinel') {
     if (!path)
-      throw new Error(
-        'REDIS_URL: Sentinel needs the name of the master, as in redis+sentinel://host:26379/mymaster',
-      );
+      throw wrongUrl('Sentinel needs the name of the master, as in redis+sentinel://host:26379/mymaster');
     const asked = new URLSearchParams(query);
     const [sentinelUsername, sentinelPassword] = [asked.get('sentinel-user'), asked.get('sentinel-password')];
     return {
@@ -539,10 +554,8 @@ export function parseRedisUrl(text: string): Target {
       nodes: [],
     };
   }
-  if (hosts.length !== 1)
-    throw new Error('REDIS_URL names several hosts: use redis+sentinel:// or redis+cluster://');
-  if (path && !/^\d+$/.test(path))
-    throw new Error('REDIS_URL: the database must be a number, as in redis://host:6379/0');
+  if (hosts.length !== 1) throw wrongUrl('several hosts need redis+sentinel:// or redis+cluster://');
+  if (path && !/^\d+$/.test(path)) throw wrongUrl('the database must be a number, as in redis://host:6379/0');
   return {
     kind: 'server',
     options: {

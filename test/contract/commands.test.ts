@@ -8,12 +8,13 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'node:test';
 import { WebSocketServer } from 'ws';
+import { startRedisServer } from '../../infra/redis-server.ts';
 
 /** The commands of `infra/`, as a person calls them: what they say and how they leave when something is wrong. */
 
 async function call(
   script: string,
-  args: string[],
+  args: readonly string[],
   env: Record<string, string> = {},
 ): Promise<{ code: number; said: string }> {
   const child = spawn(
@@ -155,4 +156,34 @@ test('what is not Redis, and a file that is not there, are named', async (t) => 
     assert.match(said, /^Wrong settings: REDIS_TLS_CA .*\/nope cannot be read \(ENOENT\)\n/);
     assert.equal(code, 2);
   }
+});
+
+test('a REDIS_URL that cannot be meant is named by every process and command', async (t) => {
+  const dir = mkdtempSync(join(tmpdir(), 'rivulet-redis-'));
+  const server = await startRedisServer({ dir });
+  t.after(async () => {
+    await server.stop();
+    rmSync(dir, { recursive: true, force: true });
+  });
+  const env = { NODE_ID: 'n1', LOG_LEVEL: 'silent' };
+  for (const [script, ...args] of [
+    ['../gateway/main'],
+    ['../worker/main'],
+    ['autoscaler'],
+    ['streams'],
+    ['users', 'show', '20001'],
+    ['dead', 'drop', '--all'],
+  ] as const)
+    assert.deepEqual(
+      await call(script, args, { ...env, REDIS_URL: `${server.url}/99` }),
+      {
+        code: 2,
+        said: 'Wrong settings: REDIS_URL: the database 99 cannot be selected: ERR DB index is out of range\n',
+      },
+      script,
+    );
+  assert.deepEqual(await call('../worker/main', [], { ...env, REDIS_URL: 'redis://127.0.0.1:99999' }), {
+    code: 2,
+    said: 'Wrong settings: REDIS_URL: the port of 127.0.0.1:99999 must be from 1 to 65535\n',
+  });
 });

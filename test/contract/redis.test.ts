@@ -3,7 +3,9 @@ import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { type TestContext, test } from 'node:test';
+import { setTimeout as delay } from 'node:timers/promises';
 import { startRedisServer } from '../../infra/redis-server.ts';
+import { ConfigError } from '../../shared/config.ts';
 import { createRedis, isConnectionError, type RedisConnection, retrying } from '../../shared/redis.ts';
 import { eventually } from '../helpers/eventually.ts';
 import { freePortAndAt } from '../helpers/free-port.ts';
@@ -67,3 +69,37 @@ test('a server that is busy with a script: a repeat may cure it', async (t) => {
   assert.equal(await written, 'OK');
   await script;
 });
+
+for (const hot of [false, true])
+  test(`a database that cannot be selected is not taken for database 0${hot ? ', on hot connections' : ''}`, async (t) => {
+    const server = await startServer(t);
+    const { client: admin } = await connect(t, server.url);
+    const refused = (url: string) =>
+      assert.rejects(
+        connect(t, url, { hot }),
+        (error) => error instanceof ConfigError && /REDIS_URL/.test(error.message),
+      );
+    await refused(`${server.url}/99`);
+    await admin.call('ACL', 'SETUSER', 'other', 'on', '>secret', '~*', '&*', '+@all', '-select');
+    const url = `${server.url.replace('//', '//other:secret@')}/3`;
+    await refused(url);
+
+    // The right is taken away later, and given again.
+    await admin.call('ACL', 'SETUSER', 'other', '+select');
+    const redis = await connect(t, url, { hot });
+    await redis.send(['set', 'before', '']);
+    await admin.call('ACL', 'SETUSER', 'other', '-select');
+    await admin.client('KILL', 'USER', 'other');
+    const started = performance.now();
+    while (performance.now() - started < 1_000) {
+      await Promise.allSettled([redis.send(['set', 'meanwhile', '']), redis.client.set('meanwhile', '')]);
+      await delay(10);
+    }
+    assert.equal(redis.isReady(), false);
+    assert.equal(await admin.dbsize(), 0);
+    await admin.call('ACL', 'SETUSER', 'other', '+select');
+    await eventually('the connection', () => redis.isReady());
+    await redis.send(['set', 'after', '']);
+    assert.deepEqual((await redis.client.keys('*')).sort(), ['after', 'before']);
+    assert.equal(await admin.dbsize(), 0);
+  });

@@ -67,6 +67,11 @@ test('REDIS_URL chooses the engine', () => {
       raw,
     );
   assert.throws(() => parseRedisUrl('redis://host/abc'), /must be a number/);
+  assert.throws(() => parseRedisUrl('redis+cluster://host/3'), /no database but 0/);
+  for (const port of ['0', '65536', '99999'])
+    assert.throws(() => parseRedisUrl(`redis+sentinel://a,host:${port}/m`), {
+      message: `Wrong settings: REDIS_URL: the port of host:${port} must be from 1 to 65535`,
+    });
   assert.equal(redactUrl('redis://u:secret@h:1'), 'redis://***@h:1');
   assert.equal(
     redactUrl('redis+sentinel://h/m?sentinel-password=x'),
