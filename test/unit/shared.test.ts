@@ -170,6 +170,7 @@ test('settings: defaults, and mistakes named by variable', () => {
     ]),
     [() => readWorkerConfig({ WORKER_CONCURRENCY: '0' }), /WORKER_CONCURRENCY must be from 1/],
     [() => readWorkerConfig({ LOG_LEVEL: 'loud' }), /LOG_LEVEL must be one of/],
+    [() => readWorkerConfig({ OTEL_EXPORTER_OTLP_ENDPOINT: 'ftp://x' }), /OTEL_\w+ must be an http/],
   ];
   for (const [read, message] of wrong) assert.throws(read, message);
 });
