@@ -309,20 +309,20 @@ export function createRedis(options: RedisConnectionOptions): RedisConnection {
 
   /** Destroys a connection that is silent while it should speak. */
   function watch(redis: Redis, ping: () => Promise<unknown> = () => redis.ping()): () => void {
-    const isBusy = () => busyUntil > 0 && (redis === hot || !hot);
+    const isBusy = () => blocking && (redis === hot || !hot);
     let status = redis.status;
-    let since = Date.now();
+    let silentMs = 0; // in looks, not by a clock: while this process stood still, it heard nobody
     let pinging = false;
     const timer = setInterval(() => {
-      const now = Date.now();
+      silentMs += WATCH_MS;
       if (redis.status !== status) {
         status = redis.status;
-        since = now;
+        silentMs = 0;
       }
       if (status === 'ready') {
         if (!pinging && !isBusy()) {
           pinging = true;
-          since = now;
+          silentMs = 0;
           const sent = performance.now();
           ping().then(
             () => {
@@ -333,10 +333,10 @@ export function createRedis(options: RedisConnectionOptions): RedisConnection {
               pinging = false;
             },
           );
-        } else if (pinging && now - since > SILENCE_MS) rebuild(redis, 'no answer to a ping');
-      } else if ((status === 'connect' || status === 'connecting') && now - since > SILENCE_MS) {
+        } else if (pinging && silentMs >= SILENCE_MS) rebuild(redis, 'no answer to a ping');
+      } else if ((status === 'connect' || status === 'connecting') && silentMs >= SILENCE_MS) {
         rebuild(redis, 'no answer while connecting');
-        since = now;
+        silentMs = 0;
       }
     }, WATCH_MS);
     timer.unref();
@@ -350,7 +350,7 @@ export function createRedis(options: RedisConnectionOptions): RedisConnection {
     redis.stream?.destroy(new Error(`redis is silent: ${reason}`));
   }
 
-  let busyUntil = 0; // a blocked read is under way: its own deadline watches
+  let blocking = false; // a blocked read is under way: its own deadline watches
 
   /** One line for all commands of this connection: the lean one, or what ioredis has. */
   const send: (command: Command) => Promise<unknown> = pipeline
@@ -416,19 +416,26 @@ export function createRedis(options: RedisConnectionOptions): RedisConnection {
       return sendAll(commands).then((replies) => replies.map(([error, value]) => error ?? value !== null));
     },
     async blocked(blockMs, read) {
-      busyUntil = Date.now() + blockMs;
-      const timer = setTimeout(() => {
+      blocking = true;
+      const giveUp = () => {
         const reason = 'a blocked read did not return';
         if (client instanceof Cluster) for (const node of client.nodes('all')) rebuild(node, reason);
         else rebuild(hot ?? client, reason);
+      };
+      // After a stall of this process the timer comes first and the reply, which lies in the socket, next: it is let by,
+      // for the requests in it would be lost to us and wait for their lease.
+      let lookAgain: NodeJS.Immediate | undefined;
+      const timer = setTimeout(() => {
+        lookAgain = setImmediate(giveUp);
       }, blockMs + SILENCE_MS);
       try {
         const reply = send(read);
         pipeline?.flush();
         return await reply;
       } finally {
-        busyUntil = 0;
+        blocking = false;
         clearTimeout(timer);
+        clearImmediate(lookAgain);
       }
     },
     onReconnect(listener) {

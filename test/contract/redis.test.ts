@@ -3,7 +3,7 @@ import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { type TestContext, test } from 'node:test';
-import { setTimeout as delay } from 'node:timers/promises';
+import { setTimeout as delay, setImmediate as nextTurn } from 'node:timers/promises';
 import { startRedisServer } from '../../infra/redis-server.ts';
 import { ConfigError } from '../../shared/config.ts';
 import { createRedis, isConnectionError, type RedisConnection, retrying } from '../../shared/redis.ts';
@@ -103,3 +103,43 @@ for (const hot of [false, true])
     assert.deepEqual((await redis.client.keys('*')).sort(), ['after', 'before']);
     assert.equal(await admin.dbsize(), 0);
   });
+
+/** Holds everything in this process up, as a handler can that computes. */
+function stall(ms: number): void {
+  const until = performance.now() + ms;
+  while (performance.now() < until);
+}
+
+test('a process that stood still reads what came meanwhile, and keeps its connections', async (t) => {
+  const server = await startServer(t);
+  const { client: other } = await connect(t, server.url);
+  await other.xgroup('CREATE', 'requests', 'workers', '0', 'MKSTREAM');
+  const redis = await connect(t, server.url, { hot: true });
+  let reconnects = 0;
+  redis.onReconnect(() => reconnects++);
+  const reader = [
+    'xreadgroup',
+    'GROUP',
+    'workers',
+    'me',
+    'BLOCK',
+    1_000,
+    'STREAMS',
+    'requests',
+    '>',
+  ] as const;
+  const read = redis.blocked(1_000, [...reader]);
+  await delay(100);
+  await nextTurn(); // what is due comes before what is received now
+  void other.xadd('requests', '1-0', 'field', 'value');
+  stall(5_000); // longer than a blocked read may be silent
+  assert.deepEqual(await read, [['requests', [['1-0', ['field', 'value']]]]]);
+
+  process.kill(server.pid, 'SIGSTOP');
+  await delay(600); // pings are under way
+  await nextTurn();
+  process.kill(server.pid, 'SIGCONT');
+  stall(4_000);
+  await delay(1_000);
+  assert.equal(reconnects, 0);
+});
