@@ -1,7 +1,9 @@
 import { type ChildProcess, spawn } from 'node:child_process';
+import { once } from 'node:events';
 import { createWriteStream, existsSync, renameSync } from 'node:fs';
 import { createInterface } from 'node:readline';
 import { setTimeout as delay } from 'node:timers/promises';
+import { within } from '../shared/lifecycle.ts';
 import { endWithThisProcess } from './child-guard.ts';
 
 /**
@@ -38,6 +40,7 @@ const START_TIMEOUT_MS = 30_000; // a cold start through tsx on a loaded laptop 
 const FIRST_PAUSE_MS = 1_000; // long enough to see that others take over
 const LONGEST_PAUSE_MS = 10_000;
 const STEADY_MS = 30_000; // up for this long = the next death is a new story
+const LAST_WORDS_MS = 500; // for what it wrote before its end to be read
 const REPEAT_MS = 10_000; // the same warning again only after this
 const LOUD = new Set(['warn', 'error', 'fatal']);
 
@@ -72,7 +75,7 @@ export function supervise(options: SupervisedOptions): Supervised {
       current.kill('SIGKILL');
     }, START_TIMEOUT_MS);
     createInterface({ input: current.stdout! }).on('line', (line) => {
-      log.write(`${line}\n`);
+      keep(line);
       const fields = parseLine(line);
       if (!fields) return;
       if (fields.msg === options.readyMessage && !wasReady) {
@@ -84,16 +87,22 @@ export function supervise(options: SupervisedOptions): Supervised {
       if (wasReady && LOUD.has(String(fields.level))) warn(fields); // before, its end tells why
     });
     createInterface({ input: current.stderr! }).on('line', (line) => {
-      log.write(`${line}\n`);
+      keep(line);
       if (line.trim() && !/^\s+at |^Node\.js v/.test(line)) lastLine = line;
     });
+    const closed = once(current, 'close').catch(() => {});
     const outcome = await new Promise<string>((resolve) => {
       current.once('error', (error) => resolve(error.message));
-      current.once('close', (code, signal) => resolve(signal ?? `code ${code}`));
+      current.once('exit', (code, signal) => resolve(signal ?? `code ${code}`));
     });
+    await within(LAST_WORDS_MS, closed); // its own children may hold its output open for long
     clearTimeout(timer);
     letGo();
     return { wasReady, reason: lastLine ? `${outcome}: ${lastLine}` : outcome };
+  }
+
+  function keep(line: string) {
+    if (!log.writableEnded) log.write(`${line}\n`);
   }
 
   function warn(fields: Record<string, unknown>) {
