@@ -18,6 +18,7 @@ export function endWithThisProcess(pid: number, graceMs = 35_000): () => void {
     detached: true,
   });
   guard.on('error', () => {}); // without a shell the child is merely not guarded
+  if (!guard.pid) return () => {};
   guard.stdin.on('error', () => {});
   guard.unref();
   (guard.stdin as unknown as { unref?: () => void }).unref?.();

@@ -9,12 +9,14 @@ import { type Candidate, chooseToRetire } from './scaling.ts';
 /**
  * Worker processes of this machine. States of one: starting (not in the registry yet), up, retiring (SIGUSR2:
  * reads nothing new, finishes what it runs, leaves), gone. A worker that ends by itself is missed at the next
- * look and replaced; one that cannot start holds further starts back for a growing pause; one that hangs is killed.
+ * look and replaced; one that cannot start, or ends soon after, holds further starts back for a growing pause; one that hangs
+ * is killed.
  */
 
 const ROOT = dirname(dirname(fileURLToPath(import.meta.url)));
 const FIRST_PAUSE_MS = 1_000;
 const LONGEST_PAUSE_MS = 30_000;
+const STEADY_MS = 30_000; // up for this long = its end says nothing of the next one
 const WRONG_SETTINGS = 2; // exit code of lifecycle.ts
 const HUNG_MS = 15_000; // three leases of the registry
 const START_MS = 60_000; // from its start to the registry, on a machine where all is slow
@@ -66,7 +68,7 @@ export function createWorkerPool(options: {
   const { env, log } = options;
   const hungMs = Math.max(HUNG_MS, options.leaseMs); // by then others run what it ran
   const stopMs = options.drainMs + STOP_MS;
-  let lastLookMs = Date.now();
+  let lastLookMs = performance.now();
   const workers = new Map<number, Worker>();
   // Each start burns about 0.4 s of a core: more at a time would only delay the first that is ready.
   const startsAtOnce = availableParallelism();
@@ -79,6 +81,16 @@ export function createWorkerPool(options: {
   });
   failed.catch(() => {});
 
+  /** After an end that the next start may share. What ends together, or while starts wait, counts once. */
+  function holdBack(): void {
+    const now = performance.now();
+    if (now < notBefore) return;
+    if (now - notBefore > STEADY_MS) pauseMs = FIRST_PAUSE_MS;
+    notBefore = now + pauseMs;
+    pauseMs = Math.min(2 * pauseMs, LONGEST_PAUSE_MS);
+  }
+  const waitMs = () => Math.max(0, Math.round(notBefore - performance.now()));
+
   /** METRICS_PORT names the port of the first worker; the next ones follow. */
   const metricsPort = (place: number) =>
     env.METRICS_PORT && env.METRICS_PORT !== '0'
@@ -89,26 +101,14 @@ export function createWorkerPool(options: {
     const taken = new Set([...workers.values()].map((worker) => worker.place));
     let place = 0;
     while (taken.has(place)) place++;
-    const child = spawn(
-      process.execPath,
-      [...WORKER_FLAGS, '--import', './infra/typescript.mjs', 'worker/main.ts'],
-      {
-        cwd: ROOT,
-        env: { ...env, EXIT_WHEN_IDLE_MS: '', METRICS_PORT: metricsPort(place) }, // we decide who leaves
-        stdio: ['ignore', 'inherit', 'inherit'],
-        detached: true, // Ctrl-C reaches it only through us
-      },
-    );
-    const { pid } = child;
-    if (!pid) {
-      child.once('error', (error) => fail(error));
-      return;
-    }
+    const child = spawnWorker(place);
+    if (!child) return;
+    const pid = child.pid!;
     const letGo = endWithThisProcess(pid, stopMs);
     const worker: Worker = {
       child,
       place,
-      startedMs: Date.now(),
+      startedMs: performance.now(),
       seen: false,
       missingMs: 0,
       retiring: false,
@@ -116,19 +116,51 @@ export function createWorkerPool(options: {
         child.once('exit', (code, signal) => {
           letGo();
           workers.delete(pid);
-          if (!worker.seen && !worker.retiring && !stopping) {
-            log.error({ worker: pid, code, signal, pauseMs }, 'a worker did not start');
-            if (code === WRONG_SETTINGS) fail(new Error('the settings of the workers are wrong; see above'));
-            notBefore = Date.now() + pauseMs;
-            pauseMs = Math.min(2 * pauseMs, LONGEST_PAUSE_MS);
-          } else if (worker.retiring || stopping) log.info({ worker: pid, code, signal }, 'worker left');
-          else log.warn({ worker: pid, code, signal }, 'a worker ended; another starts if it is needed');
           resolve();
+          if (worker.retiring || stopping) {
+            log.info({ worker: pid, code, signal }, 'worker left');
+            return;
+          }
+          if (!worker.seen || performance.now() - worker.startedMs < STEADY_MS) holdBack();
+          const facts = { worker: pid, code, signal, waitMs: waitMs() };
+          if (worker.seen) log.warn(facts, 'a worker ended; another starts if it is needed');
+          else log.error(facts, 'a worker did not start');
+          if (!worker.seen && code === WRONG_SETTINGS)
+            fail(new Error('the settings of the workers are wrong; see above'));
         });
       }),
     };
     workers.set(pid, worker);
     log.info({ worker: pid }, 'worker started');
+  }
+
+  /** Null when the system refuses: for good where there is no program to run, else for a while. */
+  function spawnWorker(place: number): ChildProcess | null {
+    const refuse = (error: NodeJS.ErrnoException) => {
+      if (error.code === 'ENOENT' || error.code === 'EACCES') {
+        fail(error);
+        return;
+      }
+      holdBack();
+      log.error({ err: error.message, waitMs: waitMs() }, 'no worker can be started; again soon');
+    };
+    try {
+      const child = spawn(
+        process.execPath,
+        [...WORKER_FLAGS, '--import', './infra/typescript.mjs', 'worker/main.ts'],
+        {
+          cwd: ROOT,
+          env: { ...env, EXIT_WHEN_IDLE_MS: '', METRICS_PORT: metricsPort(place) }, // we decide who leaves
+          stdio: ['ignore', 'inherit', 'inherit'],
+          detached: true, // Ctrl-C reaches it only through us
+        },
+      );
+      if (child.pid) return child;
+      child.once('error', refuse);
+    } catch (error) {
+      refuse(error as NodeJS.ErrnoException);
+    }
+    return null;
   }
 
   /**
@@ -137,7 +169,7 @@ export function createWorkerPool(options: {
    * disk, silences workers that are well.
    */
   function killHung(running: Map<number, number>, isCurrent: boolean): void {
-    const now = Date.now();
+    const now = performance.now();
     const passedMs = isCurrent ? Math.min(now - lastLookMs, hungMs / 3) : 0;
     lastLookMs = now;
     for (const [pid, worker] of workers) {
@@ -149,7 +181,7 @@ export function createWorkerPool(options: {
   }
 
   const isMissing = (worker: Worker, running: Map<number, number>) =>
-    !running.has(worker.child.pid!) && (worker.seen || Date.now() - worker.startedMs > START_MS);
+    !running.has(worker.child.pid!) && (worker.seen || performance.now() - worker.startedMs > START_MS);
   const serving = () => [...workers.values()].filter((worker) => !worker.retiring);
 
   return {
@@ -168,16 +200,12 @@ export function createWorkerPool(options: {
     },
     adjust(target, running, isCurrent) {
       if (stopping) return;
-      for (const [pid, worker] of workers)
-        if (!worker.seen && running.has(pid)) {
-          worker.seen = true;
-          pauseMs = FIRST_PAUSE_MS;
-        }
+      for (const [pid, worker] of workers) if (running.has(pid)) worker.seen = true;
       killHung(running, isCurrent);
       const current = serving();
       const starting = current.filter((worker) => !worker.seen).length;
-      if (Date.now() >= notBefore)
-        for (let more = Math.min(target - current.length, startsAtOnce - starting); more > 0; more--) start();
+      const wanted = Math.min(target - current.length, startsAtOnce - starting);
+      for (let more = wanted; more > 0 && performance.now() >= notBefore; more--) start();
       const candidates = current.map(
         ({ child, startedMs }): Candidate => ({
           pid: child.pid!,
