@@ -15,7 +15,7 @@ import { createWorkerPool } from './worker-pool.ts';
 
 /**
  * The loop of `npm run autoscaler`: look at the queues, decide, adjust. Gateways know nothing of it; several
- * autoscalers on several machines share the work, since each leaves out what workers elsewhere run.
+ * autoscalers, on one machine or more, share the work, since each leaves out what workers of others run.
  */
 
 export const autoscalerSettings = z
@@ -71,21 +71,21 @@ export async function startAutoscaler(
   let failing = '';
 
   async function look(): Promise<void> {
-    const now = Date.now();
-    const demand = await readDemand(redis, keys, hostname(), now, plotFile !== null);
+    const demand = await readDemand(redis, keys, pool.has, plotFile !== null);
+    const now = performance.now();
     const wanted = scale(now, demand.needed);
     if (wanted !== target) {
       log.info({ from: target < 0 ? pool.size : target, to: wanted, needed: demand.needed }, 'target');
       target = wanted;
     }
-    const isCurrent = pool.misses(demand.local) && (await registry.takesBeats());
-    pool.adjust(target, demand.local, isCurrent);
-    if (!announced && pool.pids.filter((pid) => demand.local.has(pid)).length >= config.WORKERS_MIN) {
+    const isCurrent = pool.misses(demand.ours) && (await registry.takesBeats());
+    pool.adjust(target, demand.ours, isCurrent);
+    if (!announced && pool.pids.filter((pid) => demand.ours.has(pid)).length >= config.WORKERS_MIN) {
       announced = true;
       log.info({ workers: pool.pids, min: config.WORKERS_MIN, max: config.WORKERS_MAX }, 'scaling');
     }
     if (plotFile === null) return;
-    const running = [...demand.local.values()].reduce((sum, count) => sum + count, 0);
+    const running = [...demand.ours.values()].reduce((sum, count) => sum + count, 0);
     samples.push({
       atMs: now,
       appended: demand.appended,

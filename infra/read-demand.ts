@@ -1,9 +1,11 @@
+import { hostname } from 'node:os';
 import type { Keys } from '../shared/keys.ts';
 import type { Command, RedisConnection } from '../shared/redis.ts';
+import { isProcessAlive } from './run-state.ts';
 
 /**
  * What the queues ask for: waiting + running (`XLEN`, exact because a request is acknowledged and deleted in one
- * step) + retries that are due, over all nodes, without what workers elsewhere already run. Two round trips.
+ * step) + retries that are due, over all nodes, without what workers of others already run. Two round trips.
  *
  * With no worker alive nobody moves due retries back into the stream, so they must count as demand here; those
  * that become due while a process starts count already.
@@ -15,8 +17,8 @@ export interface Demand {
   dueRetries: number;
   /** Requests ever appended over all nodes; only when asked for. */
   appended: number;
-  /** Running requests of live workers on this host, by process id. */
-  local: Map<number, number>;
+  /** Running requests of our live workers, by process id. */
+  ours: Map<number, number>;
 }
 
 const START_LEAD_MS = 500; // a worker needs about so long from start to its first request
@@ -24,10 +26,12 @@ const START_LEAD_MS = 500; // a worker needs about so long from start to its fir
 export async function readDemand(
   redis: RedisConnection,
   keys: Keys,
-  host: string,
-  nowMs: number,
+  /** Whether a process of this host is one of our workers, and not of another autoscaler or started by hand. */
+  isOurs: (pid: number) => boolean,
   withAppended = false,
 ): Promise<Demand> {
+  const nowMs = Date.now();
+  const host = hostname();
   const [nodes, workers] = await Promise.all([
     redis.client.hgetall(keys.nodes()),
     redis.client.hgetall(keys.workers()),
@@ -45,7 +49,7 @@ export async function readDemand(
     open: 0,
     dueRetries: 0,
     appended: 0,
-    local: new Map(),
+    ours: new Map(),
   };
   replies.forEach(([error, value], index) => {
     if (index % step === 2) {
@@ -55,13 +59,14 @@ export async function readDemand(
     else if (index % step === 0) demand.open += value as number;
     else demand.dueRetries += value as number;
   });
-  let elsewhere = 0;
+  let othersRun = 0;
   for (const json of Object.values(workers)) {
     const facts = JSON.parse(json) as { host: string; pid: number; until: number; runningCount: number };
     if (facts.until < nowMs) continue;
-    if (facts.host === host) demand.local.set(facts.pid, facts.runningCount);
-    else elsewhere += facts.runningCount;
+    const isHere = facts.host === host;
+    if (isHere && isOurs(facts.pid)) demand.ours.set(facts.pid, facts.runningCount);
+    else if (!isHere || isProcessAlive(facts.pid)) othersRun += facts.runningCount; // what a dead one ran needs another
   }
-  demand.needed = Math.max(0, demand.open + demand.dueRetries - elsewhere);
+  demand.needed = Math.max(0, demand.open + demand.dueRetries - othersRun);
   return demand;
 }

@@ -54,6 +54,8 @@ export interface WorkerPool {
   /** Rejects when no worker can ever start: its settings are wrong. */
   readonly failed: Promise<never>;
   readonly pids: number[];
+  /** Whether this process is one of them, also one that retires. */
+  has(pid: number): boolean;
   /** SIGTERM to all: they drain within DRAIN_MS and hand back what is left. SIGKILL to one that does not. */
   stop(): Promise<void>;
 }
@@ -195,6 +197,7 @@ export function createWorkerPool(options: {
     get pids() {
       return serving().map(({ child }) => child.pid!);
     },
+    has: (pid) => workers.has(pid),
     misses(running) {
       return [...workers.values()].some((worker) => isMissing(worker, running));
     },
