@@ -32,6 +32,8 @@ export interface WorkerFacts {
   pid: number;
 }
 
+const readUntil = (json: string) => (JSON.parse(json) as { until: number }).until;
+
 export function createNodeRegistry({ redis, keys }: { redis: RedisConnection; keys: Keys }) {
   const { client } = redis;
   return {
@@ -68,9 +70,10 @@ export function createNodeRegistry({ redis, keys }: { redis: RedisConnection; ke
         () => false,
       );
     },
-    /** Workers that beat, with those that fell silent within the last minute. */
+    /** Workers that beat; those that fell silent keep their entries for a while. */
     async countWorkers(): Promise<number> {
-      return client.hlen(keys.workers());
+      const untils = Object.values(await client.hgetall(keys.workers())).map(readUntil);
+      return untils.filter((until) => until >= Date.now()).length;
     },
     async leaveWorker(worker: string): Promise<void> {
       await client.hdel(keys.workers(), worker);
@@ -79,7 +82,7 @@ export function createNodeRegistry({ redis, keys }: { redis: RedisConnection; ke
     async sweepWorkers(graceMs: number): Promise<void> {
       const entries = await client.hgetall(keys.workers());
       const gone = Object.entries(entries)
-        .filter(([, json]) => (JSON.parse(json) as { until: number }).until + graceMs < Date.now())
+        .filter(([, json]) => readUntil(json) + graceMs < Date.now())
         .map(([worker]) => worker);
       if (gone.length > 0) await client.hdel(keys.workers(), ...gone);
     },

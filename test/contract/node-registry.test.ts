@@ -18,3 +18,27 @@ test('whether Redis takes beats is asked without a trace', async (t) => {
   assert.equal(await registry.takesBeats(), true);
   assert.equal(await registry.countWorkers(), 0);
 });
+
+test('workers are counted whose lease runs, not those that left or fell silent', async (t) => {
+  const { look, keys } = await startStack(t, { gateways: 0, workers: 0 });
+  const registry = createNodeRegistry({ redis: look, keys });
+  const facts = {
+    concurrency: 1,
+    running: [],
+    runningCount: 0,
+    tokens: 0,
+    done: 0,
+    failed: 0,
+    host: 'h',
+    pid: 1,
+  };
+  for (const [worker, leaseMs] of [
+    ['one', 60_000],
+    ['two', 60_000],
+    ['three', 60_000],
+    ['silent', -1],
+  ] as const)
+    await registry.beatWorker(worker, leaseMs, facts);
+  await registry.leaveWorker('two');
+  assert.equal(await registry.countWorkers(), 2);
+});
