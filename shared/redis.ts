@@ -1,7 +1,7 @@
 import { createHash } from 'node:crypto';
 import { readdirSync, readFileSync } from 'node:fs';
 import { setTimeout as delay } from 'node:timers/promises';
-import { Cluster, Redis, type RedisOptions } from 'ioredis';
+import { Cluster, Command as IoredisCommand, type Pipeline, Redis, type RedisOptions } from 'ioredis';
 import type { Logger } from 'pino';
 import { ConfigError } from './config.ts';
 import { AgreedMaster } from './sentinel.ts';
@@ -355,7 +355,7 @@ export function createRedis(options: RedisConnectionOptions): RedisConnection {
   /** One line for all commands of this connection: the lean one, or what ioredis has. */
   const send: (command: Command) => Promise<unknown> = pipeline
     ? (command) => pipeline.send(command)
-    : ([name, ...args]) => client.call(name, ...args);
+    : async (command) => client.sendCommand(toIoredis(command));
 
   async function sendAll(commands: Command[]): Promise<Reply[]> {
     if (pipeline) return pipeline.batch(commands);
@@ -368,8 +368,8 @@ export function createRedis(options: RedisConnectionOptions): RedisConnection {
           ),
         ),
       );
-    const several = client.pipeline();
-    for (const [name, ...args] of commands) several.call(name, ...args);
+    const several = client.pipeline() as unknown as Pipeline;
+    for (const command of commands) several.sendCommand(toIoredis(command));
     return several.exec().then(
       (replies) => replies as Reply[],
       (error: Error) => commands.map((): Reply => [error, null]),
@@ -468,6 +468,11 @@ export function createRedis(options: RedisConnectionOptions): RedisConnection {
     },
   };
   return connection;
+}
+
+/** As `call` would make it; but a call cannot take the hundred thousand arguments that restore a long log. */
+function toIoredis([name, ...args]: Command): IoredisCommand {
+  return new IoredisCommand(name, args, { replyEncoding: 'utf8' });
 }
 
 function isNoScript(error: unknown): boolean {

@@ -52,6 +52,17 @@ test('a Cluster that is down for longer than ioredis has patience: a repeat may 
   assert.equal(await written, 'OK');
 });
 
+test('a command may have more arguments than a call', async (t) => {
+  const { admin, cluster } = await startOneNodeCluster(t);
+  const server = await startServer(t);
+  const names = Array.from({ length: 200_000 }, (_, index) => `{one}${index}`);
+  for (const redis of [cluster, await connect(t, server.url), await connect(t, server.url, { hot: true })]) {
+    assert.equal(await redis.send(['exists', ...names]), 0);
+    assert.deepEqual(await redis.batch([['exists', ...names]]), [[null, 0]]);
+  }
+  assert.equal(await admin.dbsize(), 0);
+});
+
 test('a server that is busy with a script: a repeat may cure it', async (t) => {
   const server = await startServer(t, ['--busy-reply-threshold', '50']);
   const redis = await connect(t, server.url);
