@@ -73,7 +73,7 @@ function calculate(question: string): string | null {
   const value = evaluate(expression);
   if (value === null) return null;
   return Number.isFinite(value)
-    ? `${expression} = ${Number(value.toPrecision(12))}. Even the demo model can do that much arithmetic.`
+    ? `${expression} = ${describeNumber(value)}. Even the demo model can do that much arithmetic.`
     : `${expression} has no finite value, as far as the demo model can tell.`;
 }
 
@@ -148,6 +148,13 @@ function shorten(text: string, length: number): string {
   return characters.length > length || text.length > length * 2
     ? `${characters.slice(0, length).join('')}…`
     : line;
+}
+
+/** Fractions without what binary ones add in the last digits; whole numbers as they are while they are exact. */
+function describeNumber(value: number): string {
+  if (Number.isSafeInteger(value)) return String(value);
+  const rounded = Number(value.toPrecision(14));
+  return Math.abs(value) > Number.MAX_SAFE_INTEGER ? `about ${rounded}` : String(rounded);
 }
 
 /**
