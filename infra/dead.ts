@@ -86,20 +86,21 @@ async function main(args: string[], env: NodeJS.ProcessEnv): Promise<number> {
           say(values.json ? JSON.stringify(facts) : describe(letter));
         }
         if (shown === 0 && !values.json) console.log('No dead letters.');
-        return 0;
+        break;
       }
       case 'show':
         for await (const letter of chosen()) say(JSON.stringify(letter, null, values.json ? 0 : 2));
-        return missing > 0 ? 1 : 0;
+        break;
       case 'drop': {
         let dropped = 0;
         for await (const letter of chosen()) if (await letters.drop(letter)) dropped++;
         console.log(`${dropped} dropped`);
-        return 0;
+        break;
       }
       default:
-        return await replay(letters, chosen(), batch);
+        await replay(letters, chosen(), batch);
     }
+    return missing > 0 ? 1 : 0;
   } finally {
     await redis.close();
   }
@@ -111,7 +112,7 @@ async function replay(
   letters: DeadLetters,
   chosen: AsyncGenerator<DeadLetter>,
   batch: number,
-): Promise<number> {
+): Promise<void> {
   const counts = { replayed: 0, open: 0, answered: 0, gone: 0 };
   for await (const letter of chosen) {
     const node = await letters.chooseNode(letter);
@@ -121,7 +122,6 @@ async function replay(
   console.log(
     `${counts.replayed} replayed, ${counts.open} were open already, ${counts.answered} had an answer, ${counts.gone} were gone`,
   );
-  return 0;
 }
 
 function describe({ name, user, messageId, attempts, code, reason, atMs }: DeadLetter): string {

@@ -43,7 +43,8 @@ test('dead letters: listed, shown, replayed under the same message id, twice wit
   env.NODE_OPTIONS = '--import=data:text/javascript,process.stdout.isTTY=true';
   assert.match(await dead('show', letter.name), /hello2J/, 'a terminal gets nothing that it would obey');
   env.NODE_OPTIONS = '';
-  await assert.rejects(dead('show', 'n1/1-0'), { code: 1, stderr: 'n1/1-0: there is no such letter\n' });
+  for (const action of ['show', 'replay', 'drop'])
+    await assert.rejects(dead(action, 'n1/1-0'), { code: 1, stderr: 'n1/1-0: there is no such letter\n' });
 
   // A replay that was cut short after its first step: the record is open, the request is in no stream.
   const store = createGenerationStore({ redis: stack.look, keys: stack.keys, retentionMs: 60_000 });
