@@ -4,19 +4,11 @@
  * speak on any version. With everything in place it costs a few file reads and one `redis-server --version`.
  */
 import { spawn, spawnSync } from 'node:child_process';
-import {
-  accessSync,
-  constants,
-  existsSync,
-  mkdirSync,
-  readFileSync,
-  rmSync,
-  statSync,
-  writeFileSync,
-} from 'node:fs';
+import { accessSync, constants, existsSync, mkdirSync, readFileSync, statSync } from 'node:fs';
 import { createRequire } from 'node:module';
 import { basename, delimiter, dirname, isAbsolute, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
+import { readCommand, takeLock } from './process-lock.mjs';
 
 const ROOT = dirname(dirname(fileURLToPath(import.meta.url)));
 
@@ -282,20 +274,13 @@ async function lockInstall(root) {
       `${dirname(path)} cannot be written (${error.code}): run Rivulet from a folder that is yours.`,
     );
   }
-  for (let told = false; ; ) {
-    try {
-      writeFileSync(path, String(process.pid), { flag: 'wx' });
-      return () => rmSync(path, { force: true });
-    } catch (error) {
-      if (error.code !== 'EEXIST') throw new SetupError(`${path} cannot be written (${error.code}).`);
-    }
-    const owner = Number(readTextOr(path, '0'));
-    if (!owner || !isAlive(owner)) {
-      rmSync(path, { force: true });
-      continue;
-    }
-    if (!told) say(`Waiting for process ${owner}, which is installing dependencies here…`);
-    told = true;
+  const isOurs = (pid) => (readCommand(pid) || '').includes('bootstrap.mjs');
+  for (let told = false; ; told = true) {
+    const taken = await takeLock(path, isOurs).catch((error) => {
+      throw new SetupError(`${path} cannot be written (${error.code}).`);
+    });
+    if (taken.unlock) return taken.unlock;
+    if (!told) say(`Waiting for process ${taken.owner}, which is installing dependencies here…`);
     await new Promise((resolve) => setTimeout(resolve, 300));
   }
 }
@@ -305,15 +290,6 @@ function readTextOr(path, otherwise) {
     return readFileSync(path, 'utf8');
   } catch {
     return otherwise;
-  }
-}
-
-function isAlive(pid) {
-  try {
-    process.kill(pid, 0);
-    return true;
-  } catch (error) {
-    return error.code === 'EPERM';
   }
 }
 

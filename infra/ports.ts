@@ -1,6 +1,9 @@
 import { execFileSync } from 'node:child_process';
 import { readdirSync, readFileSync, readlinkSync } from 'node:fs';
 import { type AddressInfo, createServer } from 'node:net';
+import { readCommand } from './process-lock.mjs';
+
+export { readCommand };
 
 /** Resolves with the port, or rejects with the system's error (`EADDRINUSE`, `EACCES`). 0 means any free one. */
 export function tryPort(host: string, port: number): Promise<number> {
@@ -19,19 +22,6 @@ export function findListener(port: number): { pid: number; command: string } | n
   try {
     const pid = process.platform === 'linux' ? listenerFromProc(port) : listenerFromLsof(port);
     return pid ? { pid, command: readCommand(pid) ?? 'unknown' } : null;
-  } catch {
-    return null;
-  }
-}
-
-/** The command line of a process, or null when it is gone or hidden. */
-export function readCommand(pid: number): string | null {
-  try {
-    const text =
-      process.platform === 'linux'
-        ? readFileSync(`/proc/${pid}/cmdline`, 'utf8').replaceAll('\0', ' ')
-        : execFileSync('ps', ['-p', String(pid), '-o', 'command='], { encoding: 'utf8' });
-    return text.trim() || null;
   } catch {
     return null;
   }

@@ -1,6 +1,15 @@
 import assert from 'node:assert/strict';
 import { execFileSync, spawnSync } from 'node:child_process';
-import { chmodSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import {
+  chmodSync,
+  cpSync,
+  existsSync,
+  mkdirSync,
+  mkdtempSync,
+  readFileSync,
+  rmSync,
+  writeFileSync,
+} from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { type TestContext, test } from 'node:test';
@@ -158,6 +167,24 @@ test('an unknown command prints the usage and leaves with 1', () => {
   const run = spawnSync(process.execPath, ['infra/bootstrap.mjs', 'nonsense'], { encoding: 'utf8' });
   assert.equal(run.status, 1);
   assert.match(run.stderr, /^Usage: node infra\/bootstrap\.mjs start\|test\|bench\|faults/);
+});
+
+test('an installation lock of a process that is gone, whose id is ours or another program has now, holds nobody up', (t) => {
+  const folder = tempDir(t);
+  cpSync('infra', join(folder, 'infra'), { recursive: true });
+  mkdirSync(join(folder, '.rivulet'));
+  writeFileSync(join(folder, 'package.json'), '{}');
+  writeFileSync(join(folder, 'package-lock.json'), JSON.stringify({ packages: { a: { version: '1.0.0' } } }));
+  for (const pid of ['$$', process.pid]) {
+    const { stderr } = spawnSync(
+      '/bin/sh',
+      ['-c', `echo ${pid} > .rivulet/install.lock; exec "$0" infra/bootstrap.mjs start`, process.execPath],
+      // npm is one that fails at once: it is asked when the lock was taken.
+      { cwd: folder, encoding: 'utf8', timeout: 20_000, env: { PATH: '/nowhere' } },
+    );
+    assert.match(stderr, /npm is not on the PATH/, `the lock of ${pid}`);
+    assert.equal(existsSync(join(folder, '.rivulet/install.lock')), false);
+  }
 });
 
 test('SIGTERM to npm reaches the processes that drain on it', () => {
