@@ -79,7 +79,7 @@ export async function runProcess(start: () => Promise<Running>, log: Logger): Pr
 }
 
 /** Says why a process cannot start, in one line, and exits: 2 for settings, else 1. */
-export function failToStart(error: unknown, log: Logger): never {
+function failToStart(error: unknown, log: Logger): never {
   if (error instanceof ConfigError) {
     process.stderr.write(`${error.message}\n`);
     process.exit(2);

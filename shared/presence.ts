@@ -14,7 +14,7 @@ import type { Command, RedisConnection } from './redis.ts';
 /** The key outlives the last renewal (see `KEEP_MS` in gateway/mailboxes.ts) by this at the most. */
 export const CONNECTIONS_LIFE_MS = 6 * 3_600_000;
 /** A gateway may have come up after we last looked at the registry: until then its entries are believed. */
-export const FRESH_MS = 10_000;
+const FRESH_MS = 10_000;
 /** Where any number of devices is allowed: bounds what one message to this user costs. */
 export const MOST_CONNECTIONS = 1_000;
 
