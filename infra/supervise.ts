@@ -108,8 +108,8 @@ export function supervise(options: SupervisedOptions): Supervised {
   function warn(fields: Record<string, unknown>) {
     if (stopping.signal.aborted) return; // sockets that break while we stop are no news
     const text = String(fields.msg);
-    const now = Date.now();
-    if (now - (said.get(text) ?? 0) < REPEAT_MS) return;
+    const now = performance.now();
+    if (now - (said.get(text) ?? -REPEAT_MS) < REPEAT_MS) return;
     if (said.size > 100) said.clear();
     said.set(text, now);
     const err = fields.err as { message?: string } | string | undefined;
@@ -121,14 +121,14 @@ export function supervise(options: SupervisedOptions): Supervised {
     let pauseMs = FIRST_PAUSE_MS;
     let first = true;
     while (!stopping.signal.aborted) {
-      const startedAt = Date.now();
+      const startedAt = performance.now();
       const { wasReady, reason } = await runOnce();
       if (stopping.signal.aborted) break;
       if (first && !wasReady) {
         settleFirst.reject(new Error(`${name} did not start: ${reason}`));
         return;
       }
-      if (wasReady && Date.now() - startedAt > STEADY_MS) pauseMs = FIRST_PAUSE_MS;
+      if (wasReady && performance.now() - startedAt > STEADY_MS) pauseMs = FIRST_PAUSE_MS;
       first = false;
       say(
         `${name} ${wasReady ? 'ended' : 'did not start'} (${reason}); starting it again in ${pauseMs / 1000} s`,

@@ -166,12 +166,12 @@ export async function retrying<T>(
   step: () => Promise<T>,
   options: { deadlineMs?: number; signal?: AbortSignal | undefined } = {},
 ): Promise<T> {
-  const deadline = Date.now() + (options.deadlineMs ?? 10_000);
+  const deadline = performance.now() + (options.deadlineMs ?? 10_000);
   for (let pauseMs = 20; ; pauseMs = Math.min(pauseMs * 2, 500)) {
     try {
       return await step();
     } catch (error) {
-      if (!isConnectionError(error) || Date.now() + pauseMs > deadline || options.signal?.aborted)
+      if (!isConnectionError(error) || performance.now() + pauseMs > deadline || options.signal?.aborted)
         throw error;
       await delay(pauseMs);
     }
@@ -443,12 +443,12 @@ export function createRedis(options: RedisConnectionOptions): RedisConnection {
       return () => listeners.delete(listener);
     },
     async connected(timeoutMs = 10_000) {
-      const deadline = Date.now() + timeoutMs;
+      const deadline = performance.now() + timeoutMs;
       for (;;) {
         if (connection.isReady()) return;
         if (refused && !everReady)
           throw wrongUrl(`the database ${target.options.db} cannot be selected: ${refused}`);
-        if (Date.now() > deadline || closed)
+        if (performance.now() > deadline || closed)
           throw new Error(
             lastError.startsWith('Protocol error')
               ? `What answers at ${redactUrl(options.url)} is not Redis: ${lastError.split('. ', 1)[0]}`

@@ -62,7 +62,7 @@ export class AgreedMaster extends SentinelConnector {
 
   override async connect(emit: (type: string, error: Error) => void) {
     this.connecting = true;
-    const deadline = Date.now() + UNSETTLED_MS;
+    const deadline = performance.now() + UNSETTLED_MS;
     for (;;) {
       const sentinels = this.#sentinels();
       let lastError = '';
@@ -80,7 +80,7 @@ export class AgreedMaster extends SentinelConnector {
         this.#epoch,
       );
       if (latest.length === 0) throw new Error(`All sentinels are unreachable; the last error: ${lastError}`);
-      if (!settled && Date.now() < deadline) {
+      if (!settled && performance.now() < deadline) {
         await delay(AGAIN_MS);
         continue;
       }

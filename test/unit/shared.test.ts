@@ -3,7 +3,7 @@ import { test } from 'node:test';
 import { readGatewayConfig } from '../../gateway/config.ts';
 import { backoffMs } from '../../shared/backoff.ts';
 import { createKeys } from '../../shared/keys.ts';
-import { isConnectionError, parseRedisUrl, redactUrl } from '../../shared/redis.ts';
+import { isConnectionError, parseRedisUrl, redactUrl, retrying } from '../../shared/redis.ts';
 import { addressHead, encodeLines, publishCommands, readEntry } from '../../shared/reply-stream.ts';
 import { readWorkerConfig } from '../../worker/config.ts';
 
@@ -86,6 +86,17 @@ test('errors that a repeat may cure are told apart', () => {
   assert.ok(!isConnectionError(new Error('ERR The ID specified in XADD is equal or smaller')));
   assert.ok(!isConnectionError(new Error('NOGROUP No such key')));
   assert.ok(!isConnectionError(new Error('BUSYGROUP Consumer Group name already exists')));
+});
+
+test('a step of the clock does not end the patience with a Redis that is away', async (t) => {
+  t.mock.timers.enable({ apis: ['Date'] });
+  let tries = 0;
+  const answer = retrying(async () => {
+    t.mock.timers.tick(3_600_000);
+    if (++tries < 3) throw new Error('Connection is closed.');
+    return 'here';
+  });
+  assert.equal(await answer, 'here');
 });
 
 test('reply entries carry several frames, in bounded pieces', () => {
