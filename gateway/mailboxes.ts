@@ -19,7 +19,13 @@ import {
   parseConnection,
 } from '../shared/presence.ts';
 import { CLOSE } from '../shared/protocol.ts';
-import { type Command, type RedisConnection, retrying, takeAnswers } from '../shared/redis.ts';
+import {
+  type Command,
+  isConnectionError,
+  type RedisConnection,
+  retrying,
+  takeAnswers,
+} from '../shared/redis.ts';
 import { publishCloseCommand } from '../shared/reply-stream.ts';
 
 /**
@@ -48,6 +54,7 @@ const SWEEP_EVERY_MS = 1_000;
 const LOOK_MS = 5_000; // a connection is not looked at more often
 const KEEP_MS = 1_200_000; // presence entries are written again this often, well below their life
 const LEAVE_BATCH = 500;
+const MOST_LEAVING = 100_000; // presence entries to remove that wait for Redis, about 20 MB; more would be ghosts
 const FRESH_ENTRY_MS = 15_000; // an entry counts as live for so long although its gateway is not known here
 
 /** What a mailbox needs of its client. */
@@ -246,20 +253,38 @@ export function createMailboxes(parts: {
     if (hasEntry) leave(mailbox);
   }
 
-  /** Presence entries to remove, collected for a moment: many sockets close together. */
+  /**
+   * Presence entries to remove, collected for a moment: many sockets close together. What Redis does not take waits for
+   * the sweep: our lease is renewed as soon as Redis is back, and would keep such an entry alive.
+   */
   let leaving: Command[] = [];
-  let leavingDone: Promise<unknown> = Promise.resolve();
+  let leaveTimer: NodeJS.Timeout | null = null;
+  let left: Promise<void> = Promise.resolve();
   function leave({ owner }: Mailbox): void {
-    if (leaving.push(['hdel', keys.connections(owner.userId), owner.connectionId]) > 1) return;
-    const timer = setTimeout(flushLeaving, 10);
-    timer.unref();
+    if (leaving.length >= MOST_LEAVING) return; // the first ones are of sockets that were bound before the outage
+    leaving.push(['hdel', keys.connections(owner.userId), owner.connectionId]);
+    if (leaveTimer) return;
+    leaveTimer = setTimeout(flushLeaving, 10);
+    leaveTimer.unref();
   }
   function flushLeaving(): void {
+    if (leaveTimer) clearTimeout(leaveTimer);
+    leaveTimer = null;
+    left = left.then(removeEntries);
+  }
+  async function removeEntries(): Promise<void> {
     const commands = leaving;
     leaving = [];
-    // What fails is a ghost until its lease ends, which is soon enough.
-    for (let from = 0; from < commands.length; from += LEAVE_BATCH)
-      leavingDone = redis.batch(commands.slice(from, from + LEAVE_BATCH)).catch(() => {});
+    let refusal: Error | null = null;
+    for (let from = 0; from < commands.length; from += LEAVE_BATCH) {
+      const batch = commands.slice(from, from + LEAVE_BATCH);
+      for (const [index, [error]] of (await redis.batch(batch)).entries()) {
+        if (!error) continue;
+        if (isConnectionError(error)) leaving.push(batch[index]!);
+        else refusal = error;
+      }
+    }
+    if (refusal) log.warn({ err: refusal.message }, 'presence entries were not removed');
   }
 
   // -------------------------------------------------------------------------------------------------- messages
@@ -549,6 +574,7 @@ export function createMailboxes(parts: {
 
   const sweeping = setInterval(() => {
     if (!redis.isReady()) return;
+    if (leaving.length > 0) flushLeaving();
     sweep().catch((error: Error) => log.warn({ err: error.message }, 'sweep of the inboxes; again soon'));
   }, SWEEP_EVERY_MS);
   sweeping.unref();
@@ -578,7 +604,7 @@ export function createMailboxes(parts: {
       stopped = true;
       clearInterval(sweeping);
       flushLeaving();
-      await leavingDone;
+      await left;
     },
   };
 }

@@ -188,6 +188,20 @@ test('a Redis that answers and takes no writes makes a gateway not ready, for as
   await eventually('ready', async () => (await ready()) === 'ready\n', 15_000);
 });
 
+test('who left while Redis was away holds no place when it is back', async (t) => {
+  const stack = await startStack(t, { workers: 0, gatewayEnv: { DEVICE_POLICY: '1' } });
+  const { look, keys } = stack;
+  const client = await stack.client('gone');
+  await stack.redis.kill();
+  client.close();
+  await client.closed;
+  await stack.gateways[0]!.logged(({ msg }) => msg === 'redis connection trouble');
+  await delay(1_000); // the entry is to be removed in vain
+  await stack.redis.restart();
+  await eventually('no entry', async () => (await look.client.hlen(keys.connections('gone'))) === 0, 10_000);
+  await stack.client('gone');
+});
+
 test('a question that comes again and cannot be let in does not end the stream of the first', async (t) => {
   const stack = await startStack(t, { workers: 1, acl: true });
   const acl = (...words: string[]) => stack.look.client.call('acl', ...words);
