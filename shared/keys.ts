@@ -20,6 +20,8 @@ export interface Keys {
   active(user: string): string;
   /** String: the generation that a chat of the AI SDK has, until a client has had all of it. */
   aiChat(user: string, chat: string): string;
+  /** String: the last stop of that chat, for questions that are on their way in. No chat id holds a slash. */
+  aiStop(user: string, chat: string): string;
   /** Hash: gateways with their leases. */
   nodes(): string;
   /** Hash: workers with their leases and what they run. */
@@ -59,6 +61,7 @@ export function createKeys(prefix: string): Keys {
     log: (user, messageId) => `${prefix}log:{${user}}:${messageId}`,
     active: (user) => `${prefix}active:{${user}}`,
     aiChat: (user, chat) => `${prefix}ai:{${user}}:${chat}`,
+    aiStop: (user, chat) => `${prefix}ai:{${user}}:stop/${chat}`,
     nodes: () => `${prefix}nodes`,
     workers: () => `${prefix}workers`,
     inbox: (user) => `${prefix}inbox:{${user}}`,

@@ -1,8 +1,9 @@
+import { randomUUID } from 'node:crypto';
 import { RivuletError } from '../../shared/errors.ts';
 import type { GenerationStore } from '../../shared/generation-store.ts';
 import type { Keys } from '../../shared/keys.ts';
 import { isOpenStatus, type ServerFrame } from '../../shared/protocol.ts';
-import { type RedisConnection, retrying } from '../../shared/redis.ts';
+import { type Command, type RedisConnection, retrying } from '../../shared/redis.ts';
 import type { RequestQueue } from '../../shared/request-queue.ts';
 import type { AdmissionDesk } from '../admission.ts';
 import { cancelGeneration } from '../cancel.ts';
@@ -16,9 +17,13 @@ import { conversationOf, type Question } from './questions.ts';
  * Chats of the AI SDK on our generations. A chat has one generation at a time; a key of its user names it from
  * when it is admitted until its end has reached a client. So a client that comes back, on any gateway, gets the
  * whole answer from the log, also when it ended while nobody was there; and `null` when it has missed nothing.
+ *
+ * A stop may come, on any gateway, while its question is still on its way in and nothing names it. So a stop leaves a mark
+ * before it reads that key, and a question looks for a new mark after it has written the key: one of them sees the other.
  */
 
 const CHAT_MS = 24 * 3_600_000; // as long as an open generation may live
+const STOP_MS = 600_000; // well above what admission may take
 const MOST_TRIES = 10; // submissions of one message that failed or were cancelled, within the retention
 
 export interface DeskParts {
@@ -103,6 +108,15 @@ export type AiDesk = ReturnType<typeof createAiDesk>;
 export function createAiDesk(parts: DeskParts) {
   const { node, keys, redis, store, desk, delivery, door, metrics } = parts;
 
+  /** Writes one key of a chat, then reads another, in one round trip. */
+  async function inOrder(write: Command, read: Command): Promise<string | null> {
+    return retrying(async () => {
+      const replies = await redis.batch([write, read]);
+      for (const [error] of replies) if (error) throw error;
+      return replies[1]![1] as string | null;
+    });
+  }
+
   function follow(stream: AiStream): Subscription {
     const subscription = delivery.hold(stream, stream.user, stream.messageId);
     stream.subscription = subscription;
@@ -138,8 +152,11 @@ export function createAiDesk(parts: DeskParts) {
      * @throws RivuletError with the code of the refusal
      */
     async ask(user: string, question: Question, sink: Sink, resets: boolean): Promise<AiStream> {
-      await door.assertAllowed(user);
       const chat = question.conversationId!;
+      const [, lastStop] = await Promise.all([
+        door.assertAllowed(user),
+        retrying(() => redis.send(['get', keys.aiStop(user, chat)])),
+      ]);
       for (let attempt = 1; attempt <= MOST_TRIES; attempt++) {
         const messageId = attempt === 1 ? question.messageId : `${question.messageId}.${attempt}`;
         const stream = new AiStream(user, chat, messageId, sink, resets);
@@ -160,7 +177,11 @@ export function createAiDesk(parts: DeskParts) {
             delivery.drop(subscription);
             continue;
           }
-          await retrying(() => redis.client.set(keys.aiChat(user, chat), messageId, 'PX', CHAT_MS));
+          const stop = await inOrder(
+            ['set', keys.aiChat(user, chat), messageId, 'PX', CHAT_MS],
+            ['get', keys.aiStop(user, chat)],
+          );
+          if (stop !== null && stop !== lastStop) await this.cancel(user, chat, messageId);
           if (admission.state === 'joined') {
             metrics.joined.inc();
             if (await attach(stream, subscription)) return stream;
@@ -201,12 +222,14 @@ export function createAiDesk(parts: DeskParts) {
       }
     },
 
-    /** Ends what runs in a chat. False when nothing does. */
+    /** Ends what runs in a chat, and what is on its way in. False when nothing runs. */
     async stop(user: string, chatId: string): Promise<boolean> {
       const chat = conversationOf(chatId);
-      const messageId = await retrying(() => redis.client.get(keys.aiChat(user, chat)));
-      if (messageId === null) return false;
-      return this.cancel(user, chat, messageId);
+      const messageId = await inOrder(
+        ['set', keys.aiStop(user, chat), randomUUID(), 'PX', STOP_MS],
+        ['get', keys.aiChat(user, chat)],
+      );
+      return messageId !== null && this.cancel(user, chat, messageId);
     },
 
     async cancel(user: string, chat: string, messageId: string): Promise<boolean> {

@@ -1,7 +1,7 @@
 import assert from 'node:assert/strict';
 import { createServer, type ServerResponse } from 'node:http';
 import type { AddressInfo } from 'node:net';
-import { after, before, test } from 'node:test';
+import { after, before, type TestContext, test } from 'node:test';
 import {
   DefaultChatTransport,
   readUIMessageStream,
@@ -651,7 +651,8 @@ test('HTTP: a long silence is kept alive, and a client that has left is forgotte
   assert.deepEqual(await stopped.json(), { success: true, stopped: true });
 });
 
-test('HTTP: a client that leaves before it is answered holds nothing', async (t) => {
+/** A moderation hook that answers when it is told to. */
+async function startHook(t: TestContext): Promise<{ waiting: ServerResponse[]; url: string }> {
   const waiting: ServerResponse[] = [];
   const hook = createServer((request, response) => {
     request.resume();
@@ -659,13 +660,47 @@ test('HTTP: a client that leaves before it is answered holds nothing', async (t)
   });
   await new Promise<void>((resolve) => hook.listen(0, '127.0.0.1', resolve));
   t.after(() => hook.close());
+  return { waiting, url: `http://127.0.0.1:${(hook.address() as AddressInfo).port}` };
+}
+
+test('HTTP: a stop ends a question that is on its way in, none that comes after it', async (t) => {
+  const { waiting, url } = await startHook(t);
+  const gateway = await stack.addGateway({
+    node: 'stopped',
+    env: { MODERATION_URL: url, MODERATION_TIMEOUT_MS: '20000' },
+  });
+  t.after(() => gateway.kill());
+  const ask = async (id: string, text: string) => {
+    const body = { id: 'early', messages: [user(id, text)], ...parameters(100, 10) };
+    const answer = await fetch(`${gateway.http}/api/chat?userId=21061`, {
+      method: 'POST',
+      body: JSON.stringify(body),
+    });
+    return answer.text();
+  };
+  const first = ask('u1', 'first');
+  await eventually('a question to the hook', () => waiting.length === 1);
+  const stopped = await fetch(`${stack.gateways[1]!.http}/api/chat/early/stop?userId=21061`, {
+    method: 'POST',
+  });
+  assert.deepEqual(await stopped.json(), { success: true, stopped: false });
+  const second = ask('u2', 'second');
+  await eventually('another question to the hook', () => waiting.length === 2);
+  waiting.shift()!.end('{"allow":true}');
+  assert.match(await first, /"type":"abort"/);
+  waiting.shift()!.end('{"allow":true}');
+  assert.match(await second, /"type":"finish"/);
+});
+
+test('HTTP: a client that leaves before it is answered holds nothing', async (t) => {
+  const { waiting, url } = await startHook(t);
   const limit = 3;
   const gateway = await stack.addGateway({
     node: 'leavers',
     env: {
       CONNECTIONS_PER_ADDRESS: String(limit),
       TRUSTED_PROXIES: '127.0.0.1', // our own address is not limited
-      MODERATION_URL: `http://127.0.0.1:${(hook.address() as AddressInfo).port}`,
+      MODERATION_URL: url,
       MODERATION_TIMEOUT_MS: '20000',
     },
   });
