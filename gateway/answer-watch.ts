@@ -1,6 +1,6 @@
 import type { ClientFrameOf } from '../shared/protocol.ts';
 import type { Tracing } from '../shared/tracing.ts';
-import type { AnswerWatch } from './delivery.ts';
+import type { AnswerWatch, Subscription } from './delivery.ts';
 import type { GatewayMetrics } from './metrics.ts';
 
 /** Metrics and the trace of one chat, from its frame to its terminal frame. Nothing here runs for each token. */
@@ -37,4 +37,10 @@ export function watchAnswer(
     refused: (code) => end('rejected', code),
     joined: () => end('joined'),
   };
+}
+
+/** Has the one who follows an answer watch it; who has left meanwhile does not. */
+export function watchOrEnd(subscription: Subscription, watch: AnswerWatch): void {
+  if (subscription.state === 'ended') watch.ended(false);
+  else subscription.watch = watch;
 }

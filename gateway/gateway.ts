@@ -270,7 +270,18 @@ export async function startGateway(config: GatewayConfig, log: Logger): Promise<
 
     const { authenticate, rates } = sessionParts;
     const { MAX_FRAME_BYTES: maxFrameBytes } = config;
-    const aiDesk = createAiDesk({ node, keys, redis, store, queue, desk, delivery, door: aiDoor, metrics });
+    const aiDesk = createAiDesk({
+      node,
+      keys,
+      redis,
+      store,
+      queue,
+      desk,
+      delivery,
+      door: aiDoor,
+      metrics,
+      tracing,
+    });
     const aiParts: AiSessionParts = {
       aiDesk,
       door: aiDoor,

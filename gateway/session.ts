@@ -17,7 +17,7 @@ import { describeError, isConnectionError, type RedisConnection } from '../share
 import type { RequestQueue } from '../shared/request-queue.ts';
 import type { Tracing } from '../shared/tracing.ts';
 import type { AdmissionDesk } from './admission.ts';
-import { watchAnswer } from './answer-watch.ts';
+import { watchAnswer, watchOrEnd } from './answer-watch.ts';
 import { type Authenticate, whenExpired } from './authenticate.ts';
 import { cancelGeneration } from './cancel.ts';
 import type { Delivery, Follower, Subscription } from './delivery.ts';
@@ -396,7 +396,7 @@ export class Session implements Rated, Follower, MailboxOwner {
     subscription.home = admission.home;
     if (admission.state === 'created') {
       metrics.admitted.inc();
-      if (subscription.state !== 'ended') subscription.watch = watch;
+      watchOrEnd(subscription, watch);
       this.send({ type: 'accepted', messageId, position, duplicate: false });
       subscription.waiting = true;
       subscription.toldPosition = position;

@@ -5,7 +5,9 @@ import type { Keys } from '../../shared/keys.ts';
 import { isOpenStatus, type ServerFrame } from '../../shared/protocol.ts';
 import { type Command, type RedisConnection, retrying } from '../../shared/redis.ts';
 import type { RequestQueue } from '../../shared/request-queue.ts';
+import type { Tracing } from '../../shared/tracing.ts';
 import type { AdmissionDesk } from '../admission.ts';
+import { watchAnswer, watchOrEnd } from '../answer-watch.ts';
 import { cancelGeneration } from '../cancel.ts';
 import type { Delivery, Follower, Subscription } from '../delivery.ts';
 import type { GatewayMetrics } from '../metrics.ts';
@@ -36,6 +38,7 @@ export interface DeskParts {
   delivery: Delivery;
   door: AiDoor;
   metrics: GatewayMetrics;
+  tracing: Tracing | null;
 }
 
 /** Where an answer is written to: a request of a WebSocket, or an HTTP body. */
@@ -161,15 +164,20 @@ export function createAiDesk(parts: DeskParts) {
         const messageId = attempt === 1 ? question.messageId : `${question.messageId}.${attempt}`;
         const stream = new AiStream(user, chat, messageId, sink, resets);
         const subscription = follow(stream);
+        const asked = { ...question, messageId };
+        const started = performance.now();
+        const watch = watchAnswer(user, asked, started, parts);
         try {
-          const started = performance.now();
-          const admission = await desk.admit(user, { ...question, messageId });
+          const admission = await desk.admit(user, asked, watch.trace);
           metrics.admission.observe((performance.now() - started) / 1000);
           if (admission.state === 'rejected') {
             metrics.rejected.inc({ code: admission.code });
+            watch.refused(admission.code);
             const { code, message, ...rest } = admission;
             throw new RivuletError(code, message, rest);
           }
+          if (admission.state === 'joined') watch.joined();
+          else watchOrEnd(subscription, watch);
           if (
             admission.state === 'joined' &&
             (admission.status === 'failed' || admission.status === 'cancelled')
@@ -196,6 +204,7 @@ export function createAiDesk(parts: DeskParts) {
           delivery.release(subscription, '', [], false);
           return stream;
         } catch (error) {
+          watch.refused('internal');
           delivery.drop(subscription);
           throw error;
         }

@@ -184,6 +184,18 @@ test('one trace from the socket to the model; contents are not in it', async (t)
   );
   const [asked] = spansOf('m2', 'chat');
   for (const { parentSpanId } of spansOf('m2', 'generate')) assert.equal(parentSpanId, asked!.spanId);
+
+  const body = {
+    id: 'c1',
+    messages: [{ id: 'u1', role: 'user', parts: [{ type: 'text', text: 'a secret' }] }],
+  };
+  const { http } = stack.gateways[0]!;
+  const answer = await fetch(`${http}/api/chat?userId=20002`, { method: 'POST', body: JSON.stringify(body) });
+  const [, itsTrace] = /00-([0-9a-f]{32})-[0-9a-f]{16}-01/.exec(await answer.text())!;
+  await eventually('the span of the AI SDK’s question', () =>
+    spans.some(({ name, traceId }) => name === 'chat' && traceId === itsTrace),
+  );
+  assert.match(await (await fetch(`${http}/metrics`)).text(), /rivulet_first_token_seconds_count 3/);
   assert.doesNotMatch(bodies, /secret/);
 });
 

@@ -36,3 +36,45 @@ test('a cancel that waits in line is carried out when the client leaves; what el
   await turn();
   assert.deepEqual(called, ['cancel 20001 m2', 'cancel 20001 m3']);
 });
+
+test('the span of a question whose client leaves before it is let in is ended', async () => {
+  let admit = (_: object) => {};
+  const outcomes: string[] = [];
+  const subscription = { state: 'held', messageId: 'm1' };
+  const parts = {
+    authenticate: async (userId: string) => ({ userId, expiresMs: null }),
+    mailboxes: { open: async () => ({ mailbox: {}, opened: { state: 'bound', start() {} } }), close() {} },
+    delivery: {
+      hold: () => subscription,
+      release() {},
+      drop() {
+        subscription.state = 'ended';
+      },
+    },
+    desk: {
+      admit: () =>
+        new Promise((resolve) => {
+          admit = resolve;
+        }),
+    },
+    tracing: {
+      start: () => ({
+        context: '',
+        set: (facts: Record<string, string>) => outcomes.push(facts['rivulet.outcome']!),
+        end: () => outcomes.push('end'),
+      }),
+    },
+    metrics: { admission: { observe() {} }, admitted: { inc() {} } },
+    rates: { take: () => 0 },
+    addressLimit: { leave() {} },
+  } as unknown as SessionParts;
+  const session = new Session({ open: true, slow: false, send() {}, close() {} }, '', '', parts);
+  session.onText('{"type":"init","userId":"20001"}');
+  while (!session.bound) await turn();
+  session.onText('{"type":"chat","messageId":"m1","contents":"x"}');
+  await turn();
+  session.onClose();
+  admit({ state: 'created', position: 0, home: 'n1' });
+  await turn();
+  assert.deepEqual(outcomes, ['connection left', 'end']);
+});
