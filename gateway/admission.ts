@@ -10,11 +10,12 @@ import {
 import { isConnectionError, retrying } from '../shared/redis.ts';
 import type { RequestQueue } from '../shared/request-queue.ts';
 import { checkPolicies, type Policy, type Refusal } from './policy/policy.ts';
+import type { QueuePlaces } from './queue-places.ts';
 
 /**
  * Admission: policies, the record, the request stream, in that order. The record is the truth: whoever finds one
- * joins it, and appends its request again if neither stream nor retry set holds it (a crash came between the two
- * steps, or the stream was lost). What was accepted before is joined although a policy refuses it now.
+ * joins it, and has its request doubted: it is appended again if neither stream nor retry set holds it (a crash came
+ * between the two steps, or the stream was lost). What was accepted before is joined although a policy refuses it now.
  */
 
 export type Admission =
@@ -37,6 +38,7 @@ export function createAdmission(parts: {
   node: string;
   store: GenerationStore;
   queue: RequestQueue;
+  places: QueuePlaces;
   policies: Policy[];
   queueLimit: number;
   userActiveLimit: number;
@@ -44,7 +46,7 @@ export function createAdmission(parts: {
   isDraining: () => boolean;
   log: Logger;
 }) {
-  const { node, store, queue, log } = parts;
+  const { node, store, queue, places, log } = parts;
 
   function reject(
     code: ErrorCode,
@@ -79,8 +81,9 @@ export function createAdmission(parts: {
     { status, node: home }: { status: GenerationStatus; node: string },
   ): Promise<Admission> {
     if (!isOpenStatus(status)) return { state: 'joined', status, position: 0, home: '' };
-    const place = await locate(user, messageId, home);
-    return { state: 'joined', status, position: status === 'running' ? 0 : place.position, home: place.home };
+    places.doubt(home, user, messageId);
+    const position = status === 'running' ? 0 : await places.find(home, user, messageId);
+    return { state: 'joined', status, position, home };
   }
 
   return {

@@ -31,6 +31,7 @@ import { createGatewayMetrics } from './metrics.ts';
 import { holdNodeLease, NODE_LEASE_MS } from './node-lease.ts';
 import { createPeople } from './people.ts';
 import { createPolicies } from './policy/create-policies.ts';
+import { createQueuePlaces } from './queue-places.ts';
 import { tellPositions } from './queue-positions.ts';
 import { createAddressLimit, createFrameRates } from './rate-limits.ts';
 import { tailReplies } from './reply-tail.ts';
@@ -177,10 +178,12 @@ export async function startGateway(config: GatewayConfig, log: Logger): Promise<
     await tail.opened;
     closers.push(() => tail.ended);
 
+    const places = createQueuePlaces({ queue });
     const desk = createAdmission({
       node,
       store,
       queue,
+      places,
       policies,
       queueLimit: config.QUEUE_LIMIT,
       userActiveLimit: config.USER_ACTIVE_LIMIT,
@@ -188,7 +191,7 @@ export async function startGateway(config: GatewayConfig, log: Logger): Promise<
       isDraining: () => draining,
       log,
     });
-    const positions = tellPositions({ delivery, queue, desk, log, signal: stopping.signal });
+    const positions = tellPositions({ delivery, places, store, desk, log, signal: stopping.signal });
     const healing = (async () => {
       while (!stopping.signal.aborted) {
         await delay(HEAL_MS, undefined, { signal: stopping.signal }).catch(() => {});
@@ -248,6 +251,7 @@ export async function startGateway(config: GatewayConfig, log: Logger): Promise<
       store,
       queue,
       desk,
+      places,
       delivery,
       mailboxes: people.mailboxes,
       people: people.desk,
@@ -277,6 +281,7 @@ export async function startGateway(config: GatewayConfig, log: Logger): Promise<
       store,
       queue,
       desk,
+      places,
       delivery,
       door: aiDoor,
       metrics,

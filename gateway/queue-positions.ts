@@ -1,27 +1,31 @@
 import { setTimeout as delay } from 'node:timers/promises';
 import type { Logger } from 'pino';
-import type { RequestQueue } from '../shared/request-queue.ts';
+import type { GenerationStore } from '../shared/generation-store.ts';
+import { isOpenStatus } from '../shared/protocol.ts';
+import { takeAnswers } from '../shared/redis.ts';
 import type { AdmissionDesk } from './admission.ts';
 import type { Delivery, Subscription } from './delivery.ts';
+import type { Doubt, QueuePlaces } from './queue-places.ts';
 
 /**
  * Tells waiting clients their place, at most once a second and only when it changed. One read of a node's stream
- * serves all who wait there, and all whose answer stands still. A request that is nowhere for two rounds is looked
- * up, and appended again: its stream was deleted, perhaps with its worker.
+ * serves all who wait there, all whose answer stands still, and all that is doubted. What is nowhere for two rounds while
+ * its record is open is looked up, and appended again: its stream was deleted, perhaps with its worker.
  */
 
 const EVERY_MS = 1_000; // the protocol's bound
-const MOST_POSITIONS = 20_000; // farther back nobody is told a place
 const MISSING_ROUNDS = 2; // begun or finished meanwhile is the usual reason
+const INSPECT_BATCH = 500; // records that one round trip asks for
 
 export async function tellPositions(parts: {
   delivery: Delivery;
-  queue: RequestQueue;
+  places: QueuePlaces;
+  store: GenerationStore;
   desk: AdmissionDesk;
   log: Logger;
   signal: AbortSignal;
 }): Promise<void> {
-  const { delivery, queue, desk, log, signal } = parts;
+  const { delivery, places, store, desk, log, signal } = parts;
   while (!signal.aborted) {
     await delay(EVERY_MS, undefined, { signal }).catch(() => {});
     if (signal.aborted) return;
@@ -33,28 +37,36 @@ export async function tellPositions(parts: {
   }
 
   async function round(): Promise<void> {
-    const byHome = new Map<string, Subscription[]>();
-    for (const one of delivery.watchingQueue()) {
-      if (one.home === '') continue;
-      const list = byHome.get(one.home);
-      if (list) list.push(one);
-      else byHome.set(one.home, [one]);
-    }
+    places.forgetOld();
+    const byHome = new Map<string, { waiting: Subscription[]; doubts: Doubt[] }>();
+    const at = (home: string) => {
+      let there = byHome.get(home);
+      if (!there) {
+        there = { waiting: [], doubts: [] };
+        byHome.set(home, there);
+      }
+      return there;
+    };
+    for (const one of delivery.watchingQueue()) if (one.home !== '') at(one.home).waiting.push(one);
+    for (const doubt of places.doubts.values()) at(doubt.home).doubts.push(doubt);
     // Together: in a Cluster a node whose server is away must not hold up the others.
-    const told = await Promise.allSettled([...byHome].map(([home, list]) => tell(home, list)));
+    const told = await Promise.allSettled([...byHome].map(([home, there]) => tell(home, there)));
     const failed = told.find((one) => one.status === 'rejected');
     if (failed) throw failed.reason;
   }
 
-  async function tell(home: string, list: Subscription[]): Promise<void> {
-    const positions = await queue.positions(home, MOST_POSITIONS);
-    const missing: Subscription[] = [];
-    for (const subscription of list) {
+  async function tell(
+    home: string,
+    { waiting, doubts }: { waiting: Subscription[]; doubts: Doubt[] },
+  ): Promise<void> {
+    const { positions, whole } = await places.read(home);
+    const missing: (Subscription | Doubt)[] = [];
+    const isMissing = (one: Subscription | Doubt) => ++one.missing % MISSING_ROUNDS === 0 && whole;
+    for (const subscription of waiting) {
       if (subscription.state !== 'live' || !subscription.follower.open) continue;
       const position = positions.get(subscription.key);
       if (position === undefined) {
-        if (++subscription.missing % MISSING_ROUNDS === 0 && positions.size < MOST_POSITIONS)
-          missing.push(subscription);
+        if (isMissing(subscription)) missing.push(subscription);
         continue;
       }
       subscription.missing = 0;
@@ -64,7 +76,27 @@ export async function tellPositions(parts: {
         JSON.stringify({ type: 'queued', messageId: subscription.messageId, position }),
       );
     }
-    for (const subscription of missing)
-      subscription.home = (await desk.locate(subscription.user, subscription.messageId, home)).home;
+    for (const doubt of doubts)
+      if (positions.has(doubt.key) || !whole) places.doubts.delete(doubt.key);
+      else if (isMissing(doubt)) missing.push(doubt);
+    for (let from = 0; from < missing.length; from += INSPECT_BATCH)
+      await lookUp(home, missing.slice(from, from + INSPECT_BATCH));
+  }
+
+  /** Most of what is missing has ended. */
+  async function lookUp(home: string, missing: (Subscription | Doubt)[]): Promise<void> {
+    const open: (Subscription | Doubt)[] = [];
+    const failure = takeAnswers(await store.inspectAll(missing), (record, index) => {
+      const one = missing[index]!;
+      if (!record || !isOpenStatus(record.status)) places.doubts.delete(one.key);
+      else if (record.node !== home)
+        one.home = record.node; // another gateway has appended it again
+      else open.push(one);
+    });
+    for (const one of open) {
+      one.home = (await desk.locate(one.user, one.messageId, home)).home;
+      places.doubts.delete(one.key);
+    }
+    if (failure) throw failure;
   }
 }

@@ -24,6 +24,7 @@ import type { Delivery, Follower, Subscription } from './delivery.ts';
 import type { Mailbox, Mailboxes, MailboxOwner, Opened } from './mailboxes.ts';
 import type { GatewayMetrics } from './metrics.ts';
 import type { PeopleDesk } from './people-desk.ts';
+import type { QueuePlaces } from './queue-places.ts';
 import type { AddressLimit, FrameRates, Rated } from './rate-limits.ts';
 
 /**
@@ -70,6 +71,7 @@ export interface SessionParts {
   store: GenerationStore;
   queue: RequestQueue;
   desk: AdmissionDesk;
+  places: QueuePlaces;
   delivery: Delivery;
   mailboxes: Mailboxes;
   people: PeopleDesk;
@@ -417,14 +419,14 @@ export class Session implements Rated, Follower, MailboxOwner {
 
   /** Reads what is there, answers `resumed`, and goes on live. */
   private async attach(subscription: Subscription, after: string): Promise<void> {
-    const { store, delivery, node, desk } = this.parts;
+    const { store, delivery, node, places } = this.parts;
     const { messageId } = subscription;
     let attached: Awaited<ReturnType<GenerationStore['attach']>>;
     try {
       attached = await store.attach(this.userId, messageId, node, after);
-      if (attached.state === 'attached' && subscription.home === '' && isOpenStatus(attached.status)) {
-        // The stream may have lost it, and nobody else may ever ask.
-        subscription.home = (await desk.locate(this.userId, messageId, attached.node)).home;
+      if (attached.state === 'attached' && isOpenStatus(attached.status)) {
+        subscription.home = attached.node;
+        places.doubt(attached.node, this.userId, messageId);
       }
     } catch (error) {
       delivery.drop(subscription);

@@ -11,6 +11,7 @@ import { watchAnswer, watchOrEnd } from '../answer-watch.ts';
 import { cancelGeneration } from '../cancel.ts';
 import type { Delivery, Follower, Subscription } from '../delivery.ts';
 import type { GatewayMetrics } from '../metrics.ts';
+import type { QueuePlaces } from '../queue-places.ts';
 import type { AiDoor } from './ai-door.ts';
 import { type Chunk, type ChunkWriter, createChunkWriter } from './chunks.ts';
 import { conversationOf, type Question } from './questions.ts';
@@ -35,6 +36,7 @@ export interface DeskParts {
   store: GenerationStore;
   queue: RequestQueue;
   desk: AdmissionDesk;
+  places: QueuePlaces;
   delivery: Delivery;
   door: AiDoor;
   metrics: GatewayMetrics;
@@ -109,7 +111,7 @@ function hasEnded(subscription: Subscription): boolean {
 export type AiDesk = ReturnType<typeof createAiDesk>;
 
 export function createAiDesk(parts: DeskParts) {
-  const { node, keys, redis, store, desk, delivery, door, metrics } = parts;
+  const { node, keys, redis, store, desk, places, delivery, door, metrics } = parts;
 
   /** Writes one key of a chat, then reads another, in one round trip. */
   async function inOrder(write: Command, read: Command): Promise<string | null> {
@@ -129,15 +131,16 @@ export function createAiDesk(parts: DeskParts) {
   /** Reads what is there and goes on live. False when nothing is known of it any more. */
   async function attach(stream: AiStream, subscription: Subscription): Promise<boolean> {
     const attached = await store.attach(stream.user, stream.messageId, node, '');
+    const isOpen = attached.state === 'attached' && isOpenStatus(attached.status);
+    if (isOpen) places.doubt(attached.node, stream.user, stream.messageId);
     if (hasEnded(subscription)) return true; // the client has left
     if (attached.state === 'unknown') return false;
     const { status, whole, entries, more } = attached;
     let position: number | null = null;
-    if (isOpenStatus(status)) {
-      const place = await desk.locate(stream.user, stream.messageId, attached.node);
-      subscription.home = place.home;
+    if (isOpen) {
+      subscription.home = attached.node;
       if (status === 'queued' && entries.length === 0) {
-        position = place.position;
+        position = await places.find(attached.node, stream.user, stream.messageId);
         subscription.waiting = true;
         subscription.toldPosition = position;
       }

@@ -6,6 +6,7 @@ import { after, before, test } from 'node:test';
 import pino from 'pino';
 import { createAdmission } from '../../gateway/admission.ts';
 import { createDelivery, type Follower } from '../../gateway/delivery.ts';
+import { createQueuePlaces } from '../../gateway/queue-places.ts';
 import { startRedisServer } from '../../infra/redis-server.ts';
 import { type Attempt, createGenerationStore, type GenerationStore } from '../../shared/generation-store.ts';
 import { createKeys } from '../../shared/keys.ts';
@@ -630,6 +631,7 @@ test('a request that is nowhere is appended again while its generation is open, 
     node,
     store,
     queue,
+    places: createQueuePlaces({ queue }),
     policies: [],
     queueLimit: 10,
     userActiveLimit: 4,

@@ -123,8 +123,8 @@ test('a session: any frames in any order, whatever comes from behind it', async 
                     { state: 'rejected', code: 'queue_full', message: 'x', temporary: true },
                   ][next() % 3],
                 ),
-              locate: () => behind('locate', { position: 0, home: 'n1' }),
             },
+            places: { doubt() {} },
             delivery: createDelivery({
               store: store as never,
               node: 'n1',

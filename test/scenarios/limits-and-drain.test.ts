@@ -1,6 +1,7 @@
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
 import { setTimeout as delay } from 'node:timers/promises';
+import type { Command } from '../../shared/redis.ts';
 import { eventually } from '../helpers/eventually.ts';
 import { spawnProcess, startStack } from '../helpers/stack.ts';
 
@@ -200,6 +201,36 @@ test('who left while Redis was away holds no place when it is back', async (t) =
   await stack.redis.restart();
   await eventually('no entry', async () => (await look.client.hlen(keys.connections('gone'))) === 0, 10_000);
   await stack.client('gone');
+});
+
+test('who comes back again and again costs no scan of the queue; a lost request is appended again, also if they left', async (t) => {
+  const stack = await startStack(t, { workers: 0, gatewayEnv: { QUEUE_LIMIT: '5000' } });
+  const { look, keys } = stack;
+  const others = Array.from({ length: 1_000 }, (_, index): Command => {
+    return ['xadd', keys.requests('n1'), '*', 'user', `other-${index}`, 'message', 'm'];
+  });
+  await look.batch(others);
+  const client = await stack.client(20001);
+  const chat = { type: 'chat', messageId: 'm', contents: 'x' };
+  client.send(chat);
+  await client.next('accepted', 'm');
+  for (let round = 0; round < 50; round++) {
+    client.send({ type: 'resume', messageId: 'm' });
+    client.send(chat);
+    const { position } = await client.next('accepted', 'm');
+    assert.equal(position, 1_000);
+  }
+  assert.doesNotMatch(await look.client.info('commandstats'), /cmdstat_zscore/, 'find_queued.lua has run');
+
+  await look.client.del(keys.requests('n1'));
+  client.send({ type: 'resume', messageId: 'm' });
+  await client.next('resumed', 'm');
+  client.close();
+  const [, fields] = await eventually(
+    'the request',
+    async () => (await look.client.xrange(keys.requests('n1'), '-', '+'))[0],
+  );
+  assert.deepEqual(fields.slice(0, 4), ['user', '20001', 'message', 'm']);
 });
 
 test('a question that comes again and cannot be let in does not end the stream of the first', async (t) => {

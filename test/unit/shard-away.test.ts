@@ -4,6 +4,7 @@ import pino from 'pino';
 import { createAiDoor } from '../../gateway/ai/ai-door.ts';
 import { createDelivery, type Follower, type Subscription } from '../../gateway/delivery.ts';
 import { createMailboxes, type MailboxOwner } from '../../gateway/mailboxes.ts';
+import { createQueuePlaces } from '../../gateway/queue-places.ts';
 import { tellPositions } from '../../gateway/queue-positions.ts';
 import { createGenerationStore, type GenerationStore } from '../../shared/generation-store.ts';
 import { createKeys } from '../../shared/keys.ts';
@@ -144,14 +145,16 @@ test('places in the queue are told although those of another node cannot be read
   let fail = (_: Error) => {};
   const ended = tellPositions({
     delivery: { watchingQueue: () => watching },
-    queue: {
-      positions: (home: string) =>
-        home === 'n2'
-          ? Promise.resolve(new Map([['u m', 3]]))
-          : new Promise((_, reject) => {
-              fail = reject; // a silent server: its answer takes a while
-            }),
-    },
+    places: createQueuePlaces({
+      queue: {
+        positions: (home: string) =>
+          home === 'n2'
+            ? Promise.resolve(new Map([['u m', 3]]))
+            : new Promise((_, reject) => {
+                fail = reject; // a silent server: its answer takes a while
+              }),
+      },
+    }),
     desk: {},
     log,
     signal: stop.signal,
