@@ -95,7 +95,7 @@ export function createDelivery(parts: {
     subscription.follower.sendText(frame, subscription.position === '');
     subscription.position = id;
     subscription.waiting = false;
-    subscription.lastMs = Date.now();
+    subscription.lastMs = performance.now();
     subscription.patienceMs = SILENT_MS;
     if (subscription.watch) tell(subscription.watch, id, end);
     if (end) remove(subscription);
@@ -190,7 +190,7 @@ export function createDelivery(parts: {
         const { user, messageId, position } = subscription;
         const page = await store.readLog(user, messageId, position, subscription.page);
         if (!isOpen(subscription)) return;
-        subscription.lastMs = Date.now();
+        subscription.lastMs = performance.now();
         if (!sendEntries(subscription, page.entries)) return;
         if (page.entries.length === 0 && !(await stillThere(subscription))) return;
         if (!page.more && !subscription.more) break;
@@ -309,7 +309,7 @@ export function createDelivery(parts: {
         held: [],
         more: false,
         page: FIRST_PAGE,
-        lastMs: Date.now(),
+        lastMs: performance.now(),
         patienceMs: SILENT_MS,
       };
       generations.set(key, [...(generations.get(key) ?? []), subscription]);
@@ -388,7 +388,7 @@ export function createDelivery(parts: {
       readProgress: (batch: Subscription[]) => Promise<(Progress | null | Error)[]>,
       all = false,
     ): Promise<void> {
-      const now = Date.now();
+      const now = performance.now();
       const silent: Subscription[] = [];
       for (const list of generations.values())
         for (const one of list) {
@@ -403,7 +403,7 @@ export function createDelivery(parts: {
         const failed = takeAnswers(await readProgress(batch), (progress, index) => {
           const subscription = batch[index]!;
           if (subscription.state !== 'live') return;
-          subscription.lastMs = Date.now();
+          subscription.lastMs = performance.now();
           subscription.patienceMs = Math.min(subscription.patienceMs * 2, SILENT_MAX_MS);
           if (progress === null) {
             void read(subscription);

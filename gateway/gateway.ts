@@ -327,7 +327,7 @@ export async function startGateway(config: GatewayConfig, log: Logger): Promise<
       async notReady() {
         if (draining) return 'draining';
         if (!redis.isReady()) return 'no connection to Redis';
-        if (Date.now() - tail.lastMs > TAIL_STILL_MS) return 'the reply tail does not move';
+        if (performance.now() - tail.lastMs > TAIL_STILL_MS) return 'the reply tail does not move';
         const answered = await Promise.race([
           redis.client.ping().then(
             () => true,
@@ -337,7 +337,7 @@ export async function startGateway(config: GatewayConfig, log: Logger): Promise<
         ]);
         if (!answered) return 'Redis does not answer';
         // It may answer and refuse writes: a master without enough replicas, a full disk, no memory left.
-        return Date.now() - lease.renewedMs > NODE_LEASE_MS ? 'Redis takes no writes' : null;
+        return performance.now() - lease.renewedMs > NODE_LEASE_MS ? 'Redis takes no writes' : null;
       },
       pipeline: lookAtPipeline,
       pipelineIsOpen: config.AUTH === 'none',
@@ -384,10 +384,10 @@ export async function startGateway(config: GatewayConfig, log: Logger): Promise<
     let stopped: Promise<void> | undefined;
     async function stop(): Promise<void> {
       draining = true; // /readyz says so, new chats are refused
-      const deadline = Date.now() + config.DRAIN_MS;
+      const deadline = performance.now() + config.DRAIN_MS;
       let closed = 0;
       listening.cutStreams();
-      while (listening.connections.size > 0 && Date.now() < deadline) {
+      while (listening.connections.size > 0 && performance.now() < deadline) {
         for (const connection of [...listening.connections].slice(0, CLOSE_BATCH)) {
           connection.close(CLOSE.shuttingDown, 'shutting down');
           closed++;
@@ -418,7 +418,7 @@ const IGNORED: Peer = { onText() {}, onDrain() {}, onClose() {} };
 
 /** Closes the sockets whose time to say who they are is up. */
 function closeSilent(connections: Iterable<Connection>): void {
-  const now = Date.now();
+  const now = performance.now();
   for (const connection of connections) {
     const session = connection.peer;
     if (!(session instanceof Session || session instanceof AiSession) || !session.silent) continue;

@@ -77,6 +77,7 @@ export interface Mailbox {
   /** Times since this process started, ms: small integers cost nothing, where dates would each be an object. */
   lookedMs: number;
   keptMs: number;
+  /** The same by the clock that others read: it goes into the presence entry. */
   readonly openedMs: number;
 }
 
@@ -109,7 +110,8 @@ export function createMailboxes(parts: {
   let count = 0;
   let stopped = false;
   const startedMs = Date.now();
-  const sinceStart = () => Date.now() - startedMs;
+  const startedAt = performance.now();
+  const sinceStart = () => Math.round(performance.now() - startedAt);
 
   function* everyone(): Generator<Mailbox> {
     for (const there of users.values()) {
@@ -160,7 +162,7 @@ export function createMailboxes(parts: {
       more: false,
       lookedMs: now,
       keptMs: now,
-      openedMs: now,
+      openedMs: Date.now() - startedMs,
     };
     list(mailbox);
     const { userId: user, connectionId } = owner;

@@ -17,7 +17,7 @@ export interface NodeLease {
   readonly instance: string;
   /** Rejects when another instance has taken the id. */
   readonly lost: Promise<never>;
-  /** When Redis last took a renewal, ms. */
+  /** When Redis last took a renewal, by `performance.now()`. */
   readonly renewedMs: number;
   /** Writes changed facts at once. */
   renew(): Promise<void>;
@@ -40,7 +40,7 @@ export async function holdNodeLease(parts: {
   /** How long another instance still holds the id, ms; 0 = it is ours. */
   async function register(): Promise<number> {
     const heldMs = await registry.register(node, instance, NODE_LEASE_MS, parts.facts());
-    if (heldMs <= 0) renewedMs = Date.now();
+    if (heldMs <= 0) renewedMs = performance.now();
     return heldMs;
   }
 

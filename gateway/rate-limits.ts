@@ -6,6 +6,8 @@
  * keeps its number itself, and a user's is forgotten as soon as the bucket is full, so memory is bounded by who
  * was active in the last seconds.
  *
+ * Times are those of a clock that nobody sets, `performance.now()`: a step of the other one would refuse everybody.
+ *
  * A user is counted by each gateway for itself. The load balancer brings all connections of a user to one
  * gateway, so that this is the user's rate; someone who goes around it gets it once a gateway.
  */

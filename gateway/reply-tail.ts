@@ -27,7 +27,7 @@ const OPENED = 'opened'; // the entry that makes the stream
 export interface ReplyTail {
   readonly opened: Promise<void>;
   readonly ended: Promise<void>;
-  /** When a read last came back, ms. */
+  /** When a read last came back, by `performance.now()`. */
   readonly lastMs: number;
   /** The id of the last entry handed out. */
   readonly cursor: string;
@@ -56,7 +56,7 @@ export function tailReplies(parts: {
   async function open(): Promise<void> {
     cursor = (await redis.client.xadd(key, 'MAXLEN', '~', ENTRIES_KEPT, '*', OPENED, node)) as string;
     await redis.client.pexpire(key, EXPIRE_MS);
-    lastMs = Date.now();
+    lastMs = performance.now();
   }
 
   async function check(): Promise<void> {
@@ -92,7 +92,7 @@ export function tailReplies(parts: {
           key,
           cursor,
         ])) as [string, [string, string[]][]][] | null;
-        lastMs = Date.now();
+        lastMs = performance.now();
         if (failing) {
           failing = false;
           parts.onBroken('the tail was broken');

@@ -102,7 +102,7 @@ export class Session implements Rated, Follower, MailboxOwner {
   private following: Map<string, Subscription> | null = null;
   private mailbox: Mailbox | null = null;
   private forgetExpiry: (() => void) | null = null;
-  readonly openedMs = Date.now();
+  readonly openedMs = performance.now();
 
   constructor(connection: ClientConnection, urlToken: string, address: string, parts: SessionParts) {
     this.connection = connection;
@@ -129,7 +129,7 @@ export class Session implements Rated, Follower, MailboxOwner {
   }
 
   onText(text: string): void {
-    const waitMs = this.parts.rates.take(this, Date.now());
+    const waitMs = this.parts.rates.take(this, performance.now());
     if (waitMs > 0) {
       this.refuse(text, waitMs);
       return;

@@ -95,7 +95,7 @@ export class Connection {
   private queuedBytes = 0;
   /** What uWS holds for it, as it was last asked: after every write, and when that gets less. */
   private unsentBytes = 0;
-  lastSeenMs = Date.now();
+  lastSeenMs = performance.now();
   private readonly server: { readonly slowCode: number; dirty(connection: Connection, soon: boolean): void };
   private request: UpgradeRequest | null;
 
@@ -395,7 +395,7 @@ export function listen(
     },
     message(socket, message, isBinary) {
       const connection = socket.getUserData().connection;
-      connection.lastSeenMs = Date.now();
+      connection.lastSeenMs = performance.now();
       if (message.byteLength > options.maxFrameBytes) {
         connection.close(options.close.payloadTooLarge, `a frame may have ${options.maxFrameBytes} bytes`);
         return;
@@ -414,11 +414,11 @@ export function listen(
       socket.getUserData().connection.drained();
     },
     ping(socket) {
-      socket.getUserData().connection.lastSeenMs = Date.now();
+      socket.getUserData().connection.lastSeenMs = performance.now();
     },
     pong(socket, payload) {
       const { connection } = socket.getUserData();
-      connection.lastSeenMs = Date.now();
+      connection.lastSeenMs = performance.now();
       if (payload.byteLength > 0) connection.peer?.onPong?.(Buffer.from(payload).toString());
     },
     close(socket) {
@@ -469,7 +469,7 @@ export function listen(
     // Looked at when bytes come, never by a timer: uWS closes silent and dripping bodies itself, and sometimes frees
     // the response of a request behind a `connection: close`, before its data, without `onAborted` (the fuzzer saw
     // the crash that a timer made of that). After the last data, `onAborted` can be relied on.
-    const startedMs = Date.now();
+    const startedMs = performance.now();
     const parts: Buffer[] = [];
     let size = 0;
     response.onData((chunk, isLast) => {
@@ -481,7 +481,7 @@ export function listen(
       }
       parts.push(Buffer.from(Buffer.from(chunk))); // copied: uWS takes the chunk back
       if (!isLast) {
-        if (Date.now() - startedMs > BODY_MS) refuse(408, 'The request body did not arrive in time.');
+        if (performance.now() - startedMs > BODY_MS) refuse(408, 'The request body did not arrive in time.');
         return;
       }
       call.body = Buffer.concat(parts);
@@ -497,7 +497,7 @@ export function listen(
 
   const watching = setInterval(
     () => {
-      const now = Date.now();
+      const now = performance.now();
       for (const connection of connections) {
         const silentMs = now - connection.lastSeenMs;
         if (silentMs > 3 * options.heartbeatMs) connection.close(options.close.noHeartbeat, 'no heartbeat');

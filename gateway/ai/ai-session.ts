@@ -59,7 +59,7 @@ interface PendingAbort {
 export class AiSession implements Rated, AiGuest {
   userId = '';
   rateMs = 0;
-  readonly openedMs = Date.now();
+  readonly openedMs = performance.now();
   private readonly connection: AiConnection;
   private readonly parts: AiSessionParts;
   private readonly claims: { userId: string | null; token: string; address: string };
@@ -95,7 +95,7 @@ export class AiSession implements Rated, AiGuest {
   }
 
   onText(text: string): void {
-    const waitMs = this.parts.rates.take(this, Date.now());
+    const waitMs = this.parts.rates.take(this, performance.now());
     const parsed = parseAiFrame(text);
     if (waitMs > 0) {
       this.parts.metrics.rateLimited.inc();

@@ -1,6 +1,7 @@
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
 import { setImmediate as turn } from 'node:timers/promises';
+import { createFrameRates } from '../../gateway/rate-limits.ts';
 import { Session, type SessionParts } from '../../gateway/session.ts';
 
 test('a cancel that waits in line is carried out when the client leaves; what else waits is not', async () => {
@@ -77,4 +78,20 @@ test('the span of a question whose client leaves before it is let in is ended', 
   admit({ state: 'created', position: 0, home: 'n1' });
   await turn();
   assert.deepEqual(outcomes, ['connection left', 'end']);
+});
+
+test('a clock that is set back refuses nobody', (t) => {
+  const sent: string[] = [];
+  const rates = createFrameRates({ connectionFramesPerSecond: 1, userFramesPerSecond: 0 });
+  const parts = { rates } as unknown as SessionParts;
+  const session = new Session(
+    { open: true, slow: false, send: (text) => sent.push(JSON.parse(text).type), close() {} },
+    '',
+    '',
+    parts,
+  );
+  session.onText('PING');
+  t.mock.timers.enable({ apis: ['Date'], now: Date.now() - 3_600_000 });
+  session.onText('PING');
+  assert.deepEqual(sent, ['heartbeat', 'heartbeat']);
 });
