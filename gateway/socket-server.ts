@@ -12,6 +12,9 @@ import { STATUS_CODES } from 'node:http';
 export const SLOW_BYTES = 256 * 1024; // about 2,000 token frames
 const DROP_BYTES = 16 * 1024 * 1024; // never reached by streams; a frame beyond it would be dropped by uWS, so we close first
 const WRITES_PER_TURN = 64; // about 10 µs each: what comes in is read between these
+const WATCH_SHARE = 1 / 20; // of the heartbeat: how often everybody is looked at
+const LOOKS_PER_TURN = 2_000; // some 50 ns each
+const PINGS_PER_TURN = 64; // or closes, about 15 to 30 µs each
 const WHOLE_BYTES = 15_000; // of a frame: see sendText
 const BODY_BYTES = 1024 * 1024;
 const BODY_MS = 10_000;
@@ -96,6 +99,7 @@ export class Connection {
   /** What uWS holds for it, as it was last asked: after every write, and when that gets less. */
   private unsentBytes = 0;
   lastSeenMs = performance.now();
+  pingedMs = 0;
   private readonly server: { readonly slowCode: number; dirty(connection: Connection, soon: boolean): void };
   private request: UpgradeRequest | null;
 
@@ -495,17 +499,32 @@ export function listen(
     });
   });
 
-  const watching = setInterval(
-    () => {
-      const now = performance.now();
-      for (const connection of connections) {
-        const silentMs = now - connection.lastSeenMs;
-        if (silentMs > 3 * options.heartbeatMs) connection.close(options.close.noHeartbeat, 'no heartbeat');
-        else if (silentMs > options.heartbeatMs) connection.ping();
-      }
-    },
-    Math.max(50, options.heartbeatMs / 2),
-  );
+  const { heartbeatMs } = options;
+  let ring = connections.values();
+  let isWatching = false;
+  /** Looks at some, pings few. Who has been silent since the same moment is not pinged all at once. */
+  function watch(): void {
+    const now = performance.now();
+    for (let looks = 0, pings = 0; looks < LOOKS_PER_TURN && pings < PINGS_PER_TURN; looks++) {
+      const { value: connection, done } = ring.next();
+      isWatching = !done;
+      if (done) return;
+      const silentMs = now - connection.lastSeenMs;
+      if (silentMs < heartbeatMs) continue;
+      if (silentMs >= 3 * heartbeatMs) connection.close(options.close.noHeartbeat, 'no heartbeat');
+      else if (now - connection.pingedMs >= heartbeatMs) {
+        connection.pingedMs = now;
+        connection.ping();
+      } else continue;
+      pings++;
+    }
+    setImmediate(watch);
+  }
+  const watching = setInterval(() => {
+    if (isWatching) return; // the last round is still under way
+    ring = connections.values();
+    watch();
+  }, heartbeatMs * WATCH_SHARE);
 
   return new Promise((resolve, reject) => {
     app.listen(host, port, uws.LIBUS_LISTEN_EXCLUSIVE_PORT, (socket) => {
