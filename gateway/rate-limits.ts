@@ -6,13 +6,16 @@
  * keeps its number itself, and a user's is forgotten as soon as the bucket is full, so memory is bounded by who
  * was active in the last seconds.
  *
+ * A long frame counts as several: to read it takes the longer, the more it holds. None counts as more than a full bucket.
+ *
  * Times are those of a clock that nobody sets, `performance.now()`: a step of the other one would refuse everybody.
  *
  * A user is counted by each gateway for itself. The load balancer brings all connections of a user to one
  * gateway, so that this is the user's rate; someone who goes around it gets it once a gateway.
  */
 
-const BURST_S = 10; // a bucket holds this many seconds of its rate
+const BURST_MS = 10_000; // a bucket holds so much time of its rate
+const COUNTED_CHARACTERS = 4_096; // each so many in a frame count as one frame more
 const SWEEP_MS = 10_000;
 
 export interface FrameLimits {
@@ -29,6 +32,15 @@ export interface Rated {
 
 export type FrameRates = ReturnType<typeof createFrameRates>;
 
+/** As how many frames one of this length counts. */
+export function frameCost(length: number): number {
+  return 1 + Math.floor(length / COUNTED_CHARACTERS);
+}
+
+function costMs(frameMs: number, length: number): number {
+  return Math.min(frameMs * frameCost(length), BURST_MS - 1); // a full bucket lets each frame through, however it rounds
+}
+
 export function createFrameRates(limits: FrameLimits) {
   const connectionMs = limits.connectionFramesPerSecond > 0 ? 1_000 / limits.connectionFramesPerSecond : 0;
   const userMs = limits.userFramesPerSecond > 0 ? 1_000 / limits.userFramesPerSecond : 0;
@@ -41,21 +53,21 @@ export function createFrameRates(limits: FrameLimits) {
   }
 
   return {
-    /** Counts a frame. 0 = go on, else the time in ms after which the next one is let through. */
-    take(client: Rated, nowMs: number): number {
+    /** Counts a frame of this length. 0 = go on, else the time in ms after which the next one is let through. */
+    take(client: Rated, nowMs: number, length = 0): number {
       if (connectionMs > 0) {
-        const fullMs = Math.max(client.rateMs, nowMs) + connectionMs;
-        if (fullMs - nowMs > BURST_S * 1_000) return Math.ceil(fullMs - nowMs - BURST_S * 1_000);
+        const fullMs = Math.max(client.rateMs, nowMs) + costMs(connectionMs, length);
+        if (fullMs - nowMs > BURST_MS) return Math.ceil(fullMs - nowMs - BURST_MS);
         client.rateMs = fullMs;
       }
-      return client.userId === '' ? 0 : this.takeUser(client.userId, nowMs);
+      return client.userId === '' ? 0 : this.takeUser(client.userId, nowMs, length);
     },
 
-    takeUser(userId: string, nowMs: number): number {
+    takeUser(userId: string, nowMs: number, length = 0): number {
       if (userMs === 0) return 0;
       if (nowMs - sweptMs > SWEEP_MS) sweep(nowMs);
-      const fullMs = Math.max(users.get(userId) ?? 0, nowMs) + userMs;
-      if (fullMs - nowMs > BURST_S * 1_000) return Math.ceil(fullMs - nowMs - BURST_S * 1_000);
+      const fullMs = Math.max(users.get(userId) ?? 0, nowMs) + costMs(userMs, length);
+      if (fullMs - nowMs > BURST_MS) return Math.ceil(fullMs - nowMs - BURST_MS);
       users.set(userId, fullMs);
       return 0;
     },

@@ -25,7 +25,7 @@ import type { Mailbox, Mailboxes, MailboxOwner, Opened } from './mailboxes.ts';
 import type { GatewayMetrics } from './metrics.ts';
 import type { PeopleDesk } from './people-desk.ts';
 import type { QueuePlaces } from './queue-places.ts';
-import type { AddressLimit, FrameRates, Rated } from './rate-limits.ts';
+import { type AddressLimit, type FrameRates, frameCost, type Rated } from './rate-limits.ts';
 
 /**
  * One client. States: new → (init) binding → bound → closed. Knows nothing of uWS.
@@ -37,7 +37,8 @@ import type { AddressLimit, FrameRates, Rated } from './rate-limits.ts';
 
 const LINE_FRAMES = 64; // frames of one client that may wait for Redis
 export const STRIKES = 20; // frames that make no sense, in a row, until we hang up
-const REFUSALS = 1_000; // frames above the rate, in a row, until we hang up
+export const REFUSALS = 1_000; // frames above the rate, in a row, until we hang up
+const FIRST_CHARACTERS = 16_384; // an init with its token fits; nobody need read more of a stranger
 const AWAY = 'The message store does not answer.';
 /** A command whose answer is lost may have been carried out, or be carried out yet. */
 const UNKNOWN_OUTCOME =
@@ -54,6 +55,11 @@ export interface ClientConnection {
 export function closeCodeFor(code: ErrorCode): number {
   if (code === 'invalid_frame') return CLOSE.badUserId;
   return code === 'internal' ? CLOSE.unavailable : CLOSE.unauthorized;
+}
+
+/** As how many refused frames one counts: what is refused has been read. One alone is never too much. */
+export function refusalCost(text: string): number {
+  return Math.min(frameCost(text.length), REFUSALS / 10);
 }
 
 /** A frame that could not be handled. An outage of Redis is told without a stack: it is nothing of ours. */
@@ -129,12 +135,17 @@ export class Session implements Rated, Follower, MailboxOwner {
   }
 
   onText(text: string): void {
-    const waitMs = this.parts.rates.take(this, performance.now());
+    const waitMs = this.parts.rates.take(this, performance.now(), text.length);
     if (waitMs > 0) {
       this.refuse(text, waitMs);
       return;
     }
     this.refusals = 0;
+    if (this.state === 'new' && text.length > FIRST_CHARACTERS) {
+      this.sendError('payload_too_large', `a frame before init may have ${FIRST_CHARACTERS} characters`);
+      this.strike();
+      return;
+    }
     if (text === 'PING') {
       this.send({ type: 'heartbeat', time: Date.now() });
       return;
@@ -145,8 +156,7 @@ export class Session implements Rated, Follower, MailboxOwner {
       if ((parsed.type === 'chat' || parsed.type === 'send') && parsed.messageId && this.state === 'bound')
         this.reject(parsed.messageId, 'invalid_frame', parsed.reason);
       else this.sendError('invalid_frame', parsed.reason);
-      if (++this.strikes >= STRIKES)
-        this.connection.close(CLOSE.protocolViolation, `${STRIKES} frames in a row made no sense`);
+      this.strike();
       return;
     }
     this.strikes = 0;
@@ -170,16 +180,22 @@ export class Session implements Rated, Follower, MailboxOwner {
     }
   }
 
+  private strike(): void {
+    if (++this.strikes >= STRIKES)
+      this.connection.close(CLOSE.protocolViolation, `${STRIKES} frames in a row made no sense`);
+  }
+
   /** A frame above the rate: answered, not handled. Who does not listen to the answers is cut off. */
   private refuse(text: string, retryAfterMs: number): void {
-    if (++this.refusals > REFUSALS) {
+    this.refusals += refusalCost(text);
+    if (this.refusals > REFUSALS) {
       this.connection.close(CLOSE.protocolViolation, 'too many frames, and no slower after being told');
       return;
     }
     this.parts.metrics.rateLimited.inc();
-    const parsed = parseClientFrame(text);
+    const parsed = this.bound ? parseClientFrame(text) : null;
     const { message } = ERRORS.rate_limited;
-    if ('frame' in parsed && 'messageId' in parsed.frame && this.bound)
+    if (parsed && 'frame' in parsed && 'messageId' in parsed.frame)
       this.reject(parsed.frame.messageId, 'rate_limited', message, retryAfterMs);
     else this.send({ type: 'error', code: 'rate_limited', message, retryAfterMs });
   }

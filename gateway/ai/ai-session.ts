@@ -4,7 +4,14 @@ import { CLOSE, parseUserId } from '../../shared/protocol.ts';
 import { type Authenticate, readBearer, whenExpired } from '../authenticate.ts';
 import type { GatewayMetrics } from '../metrics.ts';
 import type { AddressLimit, FrameRates, Rated } from '../rate-limits.ts';
-import { type ClientConnection, closeCodeFor, logFrameFailure, STRIKES } from '../session.ts';
+import {
+  type ClientConnection,
+  closeCodeFor,
+  logFrameFailure,
+  REFUSALS,
+  refusalCost,
+  STRIKES,
+} from '../session.ts';
 import type { AiDesk, AiStream, Sink } from './ai-desk.ts';
 import type { AiDoor, AiGuest } from './ai-door.ts';
 import { type AiFrameOf, conversationOf, parseAiFrame, readQuestion } from './questions.ts';
@@ -22,7 +29,6 @@ import { type AiFrameOf, conversationOf, parseAiFrame, readQuestion } from './qu
 
 const LINE_FRAMES = 64; // frames of one client that may wait for Redis
 const MOST_REQUESTS = 64; // answers that one client reads at the same time
-const REFUSALS = 1_000; // frames above the rate, in a row, until we hang up
 const MOST_UNCONFIRMED = 64; // answers whose end a client has not confirmed; older ones are replayed to who resumes them
 const ABORT_GRACE_MS = 300; // a replacing resume comes in the same turn of the client; this covers a slow network's spread
 
@@ -95,11 +101,12 @@ export class AiSession implements Rated, AiGuest {
   }
 
   onText(text: string): void {
-    const waitMs = this.parts.rates.take(this, performance.now());
+    const waitMs = this.parts.rates.take(this, performance.now(), text.length);
     const parsed = parseAiFrame(text);
     if (waitMs > 0) {
       this.parts.metrics.rateLimited.inc();
-      if (++this.refusals > REFUSALS)
+      this.refusals += refusalCost(text);
+      if (this.refusals > REFUSALS)
         this.connection.close(CLOSE.protocolViolation, 'too many frames, and no slower after being told');
       else if ('frame' in parsed && parsed.frame.type === 'abort') this.enqueue(parsed.frame);
       else if ('frame' in parsed) this.fail(parsed.frame.requestId, 'rate_limited');

@@ -84,7 +84,7 @@ export function createAiChat(parts: AiChatParts): AiChat {
     const claimed = readClaim(claim ?? call.query.get('userId') ?? call.headers.get('x-user-id'));
     const token = call.query.get('token') ?? readBearer(call.headers.get('authorization') ?? '');
     const identity = await parts.authenticate(claimed, token);
-    const retryAfterMs = parts.rates.takeUser(identity.userId, performance.now());
+    const retryAfterMs = parts.rates.takeUser(identity.userId, performance.now(), call.body.byteLength);
     if (retryAfterMs > 0) throw new RivuletError('rate_limited', undefined, { retryAfterMs });
     return identity;
   }

@@ -17,6 +17,24 @@ test('a connection has its burst, then its rate', () => {
   assert.equal(rates.take(client, 2_000_000), 0);
 });
 
+test('a long frame counts as several, and at the most as a full bucket', () => {
+  const rates = createFrameRates({ connectionFramesPerSecond: 100, userFramesPerSecond: 0 });
+  const burst = (length: number) => {
+    const client = { rateMs: 0, userId: '' };
+    let admitted = 0;
+    while (rates.take(client, 1_000_000, length) === 0) admitted++;
+    return admitted;
+  };
+  assert.equal(burst(4_095), 1_000);
+  assert.equal(burst(4_096), 500);
+  assert.equal(burst(262_144), 15);
+  assert.equal(burst(16_777_216), 1);
+  const slow = createFrameRates({ connectionFramesPerSecond: 0, userFramesPerSecond: 1 });
+  assert.equal(slow.takeUser('anna', 1_000_000.1, 262_144), 0);
+  const waitMs = slow.takeUser('anna', 1_000_000.1, 262_144);
+  assert.equal(slow.takeUser('anna', 1_000_000.1 + waitMs, 262_144), 0);
+});
+
 test('a user has one rate over all connections, and is forgotten afterwards', () => {
   const rates = createFrameRates({ connectionFramesPerSecond: 0, userFramesPerSecond: 1 });
   const now = 1_000_000;
