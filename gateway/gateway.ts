@@ -29,6 +29,7 @@ import { createRoutes, text } from './http/routes.ts';
 import { loadStaticFiles } from './http/static-files.ts';
 import { createGatewayMetrics } from './metrics.ts';
 import { holdNodeLease, NODE_LEASE_MS } from './node-lease.ts';
+import { createOrigins, type Origins } from './origins.ts';
 import { createPeople } from './people.ts';
 import { createPolicies } from './policy/create-policies.ts';
 import { createQueuePlaces } from './queue-places.ts';
@@ -297,6 +298,7 @@ export async function startGateway(config: GatewayConfig, log: Logger): Promise<
       maxFrameBytes,
       log,
     };
+    const origins = createOrigins(config);
     const aiChat = createAiChat({
       aiDesk,
       door: aiDoor,
@@ -305,7 +307,7 @@ export async function startGateway(config: GatewayConfig, log: Logger): Promise<
       rates,
       addressLimit,
       addressOf: (call) => clientAddress(call.address, call.headers.get('x-forwarded-for') ?? ''),
-      allowsOrigin: (origin, host) => origin === '' || isAllowedOrigin(origin, host, config.ALLOWED_ORIGINS),
+      origins,
       maxFrameBytes,
       log,
     });
@@ -341,7 +343,7 @@ export async function startGateway(config: GatewayConfig, log: Logger): Promise<
       },
       pipeline: lookAtPipeline,
       pipelineIsOpen: config.AUTH === 'none',
-      isAllowedOrigin: (origin, host) => isAllowedOrigin(origin, host, config.ALLOWED_ORIGINS),
+      origins,
       apiKeys: config.API_KEYS,
       api,
     });
@@ -352,7 +354,7 @@ export async function startGateway(config: GatewayConfig, log: Logger): Promise<
       {
         maxFrameBytes: config.MAX_FRAME_BYTES,
         heartbeatMs: HEARTBEAT_MS,
-        refuseUpgrade: (request) => refuseUpgrade(request, config, draining),
+        refuseUpgrade: (request) => refuseUpgrade(request, origins, draining),
         connect: (connection, request) => {
           const address = enter(connection, request);
           if (address === null) return IGNORED;
@@ -446,20 +448,11 @@ async function readTls(config: GatewayConfig): Promise<{ certFile: string; keyFi
 }
 
 /** Why a handshake is refused, or null. */
-function refuseUpgrade(request: UpgradeRequest, config: GatewayConfig, draining: boolean): HttpAnswer | null {
+function refuseUpgrade(request: UpgradeRequest, origins: Origins, draining: boolean): HttpAnswer | null {
   if (request.url !== '/ws' && request.url !== '/ai')
     return text(404, `No WebSocket is at ${request.url.slice(0, 200)}; they are at /ws and /ai.\n`);
   if (draining) return text(503, 'This node is shutting down; reconnect.\n', { 'retry-after': '1' });
-  if (request.origin !== '' && !isAllowedOrigin(request.origin, request.host, config.ALLOWED_ORIGINS))
-    return text(403, `Origin ${request.origin.slice(0, 200)} is not allowed; see ALLOWED_ORIGINS.\n`);
+  if (!origins.allows(request.origin, request.host))
+    return text(403, `${origins.explain(request.origin)}.\n`);
   return null;
-}
-
-function isAllowedOrigin(origin: string, host: string, allowed: string[]): boolean {
-  if (allowed.includes('*') || allowed.includes(origin)) return true;
-  try {
-    return new URL(origin).host === host;
-  } catch {
-    return false;
-  }
 }

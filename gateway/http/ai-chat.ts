@@ -6,6 +6,7 @@ import type { AiDoor, AiGuest } from '../ai/ai-door.ts';
 import { readClaim } from '../ai/ai-session.ts';
 import { parseAiPost, readQuestion } from '../ai/questions.ts';
 import { type Authenticate, type Identity, readBearer, whenExpired } from '../authenticate.ts';
+import type { Origins } from '../origins.ts';
 import type { AddressLimit, FrameRates } from '../rate-limits.ts';
 import type { HttpAnswer, HttpCall, HttpStream, StreamPeer } from '../socket-server.ts';
 import { json } from './routes.ts';
@@ -33,7 +34,6 @@ const STREAM_HEADERS = {
 const STORE_AWAY = 'The message store does not answer; try again.';
 const STORE_AWAY_MS = 2_000; // most failovers take a few of these; we have tried for seconds ourselves
 
-const WRONG_ORIGIN = new RivuletError('forbidden', 'this origin is not allowed; see ALLOWED_ORIGINS');
 
 const STATUS: Partial<Record<ErrorCode, number>> = {
   invalid_frame: 400,
@@ -59,8 +59,7 @@ export interface AiChatParts {
   rates: FrameRates;
   addressLimit: AddressLimit;
   addressOf(call: HttpCall): string;
-  /** Whether a page of this origin may call us; '' = not a page. */
-  allowsOrigin(origin: string, host: string): boolean;
+  origins: Origins;
   maxFrameBytes: number;
   log: Logger;
 }
@@ -242,8 +241,11 @@ export function createAiChat(parts: AiChatParts): AiChat {
     return what === 'stream' ? resume(call, chatId) : stop(call, chatId);
   }
 
-  function mayCall(call: HttpCall): boolean {
-    return parts.allowsOrigin(call.headers.get('origin') ?? '', call.headers.get('host') ?? '');
+  /** Why a page may not call, or null. */
+  function turnAway(call: HttpCall): HttpAnswer | null {
+    const origin = call.headers.get('origin') ?? '';
+    if (parts.origins.allows(origin, call.headers.get('host') ?? '')) return null;
+    return refusal(new RivuletError('forbidden', parts.origins.explain(origin)));
   }
 
   return {
@@ -251,7 +253,8 @@ export function createAiChat(parts: AiChatParts): AiChat {
       const match = PATH.exec(call.path);
       if (!match) return null;
       return (async () => {
-        if (!mayCall(call)) return refusal(WRONG_ORIGIN);
+        const turnedAway = turnAway(call);
+        if (turnedAway) return turnedAway;
         try {
           return readableBy(call, await route(call, decode(match[1]), match[2]));
         } catch (error) {
@@ -265,8 +268,7 @@ export function createAiChat(parts: AiChatParts): AiChat {
     },
     refuse(call, status, error) {
       if (!PATH.test(call.path)) return null;
-      if (!mayCall(call)) return refusal(WRONG_ORIGIN);
-      return readableBy(call, { ...refusal(error), status });
+      return turnAway(call) ?? readableBy(call, { ...refusal(error), status });
     },
   };
 }

@@ -1,6 +1,7 @@
 import type { PipelineSnapshot } from '../../shared/pipeline.ts';
 import { isConnectionError } from '../../shared/redis.ts';
 import type { GatewayMetrics } from '../metrics.ts';
+import type { Origins } from '../origins.ts';
 import type { HttpAnswer, HttpCall } from '../socket-server.ts';
 import { isApiKey } from './api-key.ts';
 
@@ -14,8 +15,8 @@ export interface RouteParts {
   /** The pipeline names users; it is open only where anybody may be anybody. */
   pipelineIsOpen: boolean;
   apiKeys: string[];
-  /** Pages of other origins that may use this gateway, and so may see its pipeline. */
-  isAllowedOrigin: (origin: string, host: string) => boolean;
+  /** Pages of other origins that may use this gateway may see its pipeline too. */
+  origins: Origins;
   /** The HTTP API. */
   api: Record<string, Record<string, HttpRoute>>;
 }
@@ -54,7 +55,7 @@ export function createRoutes(parts: RouteParts): (call: HttpCall) => Promise<Htt
         }
         const answer = json(200, snapshot);
         const origin = call.headers.get('origin') ?? '';
-        if (origin !== '' && parts.isAllowedOrigin(origin, call.headers.get('host') ?? ''))
+        if (origin !== '' && parts.origins.allows(origin, call.headers.get('host') ?? ''))
           return {
             ...answer,
             headers: { ...answer.headers, 'access-control-allow-origin': origin, vary: 'origin' },

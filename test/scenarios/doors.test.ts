@@ -190,6 +190,8 @@ test('origins: the same, the allowed ones, and no origin at all', async () => {
     `http://localhost:${gateway.port}`,
   ])
     assert.equal(await from(origin), 403, origin);
+  const rebound = { host: 'evil.example', origin: 'http://evil.example' };
+  assert.equal(await handshake(gateway.url, { headers: rebound }), 403, 'a name that leads here');
   const open = await stack.addGateway({ node: 'anywhere', env: { ALLOWED_ORIGINS: '*' } });
   assert.equal(await handshake(open.url, { headers: { origin: 'https://evil.example' } }), 101);
 });

@@ -18,7 +18,7 @@ function openChat(error: Error) {
     rates: { takeUser: () => 0 },
     addressLimit: { enter: () => true, leave() {} },
     addressOf: () => '',
-    allowsOrigin: () => true,
+    origins: { allows: () => true },
     maxFrameBytes: 262_144,
     log: { warn: (facts: object) => warnings.push(facts) },
   } as unknown as AiChatParts);
