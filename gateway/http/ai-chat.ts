@@ -229,7 +229,7 @@ export function createAiChat(parts: AiChatParts): AiChat {
         status: 204,
         headers: {
           'access-control-allow-methods': `${allowed}, OPTIONS`,
-          'access-control-allow-headers': 'authorization, content-type, x-ai-sdk, x-user-id',
+          'access-control-allow-headers': 'authorization, content-type, user-agent, x-ai-sdk, x-user-id',
           'access-control-max-age': '600',
         },
       };
@@ -279,11 +279,19 @@ function readableBy(call: HttpCall, answer: HttpAnswer): HttpAnswer {
   if (origin === '') return answer;
   return {
     ...answer,
-    headers: { ...answer.headers, 'access-control-allow-origin': origin, vary: 'origin' },
+    headers: {
+      ...answer.headers,
+      'access-control-allow-origin': origin,
+      'access-control-expose-headers': 'retry-after',
+      vary: 'origin',
+    },
   };
 }
 
-/** Versions 5 and 6 of the SDK fail on `reset-step`. Outside a browser they say who they are; a page can say `x-ai-sdk: 6`. */
+/**
+ * Versions 5 and 6 of the SDK fail on `reset-step`. From 5.0.43 on they say who they are, but Chrome keeps its own user agent:
+ * a page there can say `x-ai-sdk: 6`.
+ */
 function understandsResets(call: HttpCall): boolean {
   const said =
     call.headers.get('x-ai-sdk') ?? /\bai-sdk\/(\d+)/.exec(call.headers.get('user-agent') ?? '')?.[1];

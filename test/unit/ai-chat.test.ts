@@ -49,6 +49,7 @@ test('while Redis is away the answer is 503, in the words and with the headers o
     assert.deepEqual([error.code, error.temporary], ['internal', true]);
     assert.ok(Number(answer.headers!['retry-after']) > 0);
     assert.equal(answer.headers!['access-control-allow-origin'], 'https://page.example');
+    assert.equal(answer.headers!['access-control-expose-headers'], 'retry-after');
   }
   const err = 'Redis does not answer';
   assert.deepEqual(
@@ -56,6 +57,14 @@ test('while Redis is away the answer is 503, in the words and with the headers o
     ['ask', 'stream', 'stop'].map((what) => ({ err, call: what })),
   );
   await assert.rejects(openChat(new TypeError('a mistake of ours')).call('POST', '/api/chat', question));
+});
+
+test('a page of another origin may send what the SDK sends, its user agent too', async () => {
+  const { call } = openChat(new Error('x'));
+  const { status, headers } = await call('OPTIONS', '/api/chat');
+  assert.equal(status, 204);
+  const allowed = headers!['access-control-allow-headers']!.split(', ');
+  for (const name of ['authorization', 'content-type', 'user-agent']) assert.ok(allowed.includes(name), name);
 });
 
 test('parameters that are nested too deeply are refused', async () => {
