@@ -76,7 +76,8 @@ export async function startGateway(config: GatewayConfig, log: Logger): Promise<
       /** All queues, told by one gateway at a time, or every number would come once from each. */
       async queues() {
         if (!redis.isReady()) return [];
-        const first = (await registry.nodes()).find(({ until }) => until > Date.now());
+        const [nodes, now] = await Promise.all([registry.nodes(), redisTime()]);
+        const first = nodes.find(({ until }) => until > now);
         return first?.node === node ? (await lookAtPipeline()).nodes : [];
       },
     });
@@ -95,6 +96,12 @@ export async function startGateway(config: GatewayConfig, log: Logger): Promise<
     const tailRedis = createRedis({ url: config.REDIS_URL, name: `gateway:${node}:tail`, log, hot: true });
     closers.push(() => tailRedis.close());
     await Promise.all([redis.connected(), tailRedis.connected()]);
+
+    /** What leases are measured with, ms. */
+    async function redisTime(): Promise<number> {
+      const [seconds, micros] = await redis.client.time();
+      return Number(seconds) * 1_000 + Math.floor(Number(micros) / 1_000);
+    }
 
     const store = createGenerationStore({
       redis,
@@ -236,7 +243,7 @@ export async function startGateway(config: GatewayConfig, log: Logger): Promise<
     /** One look a second, however many watch. */
     async function lookAtPipeline(): Promise<PipelineSnapshot> {
       if (!snapshot) {
-        snapshot = readPipeline(redis.client, keys, Date.now());
+        snapshot = redisTime().then((now) => readPipeline(redis.client, keys, now));
         const forget = () => {
           snapshot = null;
         };

@@ -6,6 +6,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'node:test';
 import { parse } from 'yaml';
+import type { PipelineSnapshot } from '../../shared/pipeline.ts';
 import { eventually } from '../helpers/eventually.ts';
 import { startStack } from '../helpers/stack.ts';
 
@@ -197,6 +198,22 @@ test('one trace from the socket to the model; contents are not in it', async (t)
   );
   assert.match(await (await fetch(`${http}/metrics`)).text(), /rivulet_first_token_seconds_count 3/);
   assert.doesNotMatch(bodies, /secret/);
+});
+
+test('leases are measured with the clock of Redis, whatever that of a gateway says', async (t) => {
+  const ahead = `const { now } = Date; Date.now = () => now() + 3_600_000;`;
+  const stack = await startStack(t, {
+    workers: 0,
+    gatewayEnv: { NODE_OPTIONS: `--import=data:text/javascript,${encodeURIComponent(ahead)}` },
+  });
+  const { http } = stack.gateways[0]!;
+  const { time, nodes } = (await (await fetch(`${http}/pipeline`)).json()) as PipelineSnapshot;
+  assert.ok(Math.abs(time - Date.now()) < 60_000);
+  assert.deepEqual(
+    nodes.map(({ node, alive }) => ({ node, alive })),
+    [{ node: 'n1', alive: true }],
+  );
+  assert.match(await (await fetch(`${http}/metrics`)).text(), /^rivulet_queue_requests\{node="n1"/m);
 });
 
 test('traces that are off load nothing', async () => {
