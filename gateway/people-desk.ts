@@ -106,11 +106,10 @@ export function createPeopleDesk(parts: PeopleDeskParts) {
         case 'presence': {
           const userIds = [...new Set(frame.userIds)];
           const connections = await retrying(() => readPresence(parts, userIds, live()));
-          const online: Record<string, { device: string; node: string }[]> = {};
-          userIds.forEach((userId, index) => {
-            const there = connections[index]!.map(({ device, node }) => ({ device, node }));
-            if (there.length > 0) online[userId] = there;
+          const there = userIds.map((userId, index) => {
+            return [userId, connections[index]!.map(({ device, node }) => ({ device, node }))] as const;
           });
+          const online = Object.fromEntries(there.filter(([, devices]) => devices.length > 0)); // `__proto__` is a user id too
           return { type: 'presence', userIds: frame.userIds, online };
         }
         default:

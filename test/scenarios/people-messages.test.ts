@@ -165,6 +165,15 @@ test('presence names the connections of each user, and forgets them when they cl
   assert.deepEqual((await ask())[ben]!.map((entry) => entry.device).sort(), ['laptop', 'phone']);
 });
 
+test('whatever a user is called, presence names them', async () => {
+  const odd = ['__proto__', 'constructor', 'toString'];
+  for (const user of odd) await open(user);
+  const asking = await open(nextUser());
+  asking.send({ type: 'presence', userIds: odd });
+  const { online } = await asking.next('presence');
+  assert.deepEqual(Object.keys(online), odd);
+});
+
 test('a group: members only, offline ones get it later, joining and leaving', async () => {
   const [ann, ben, eve] = [nextUser(), nextUser(), nextUser()];
   const sender = await open(ann, n1);
