@@ -155,7 +155,7 @@ export class Session implements Rated, Follower, MailboxOwner {
       this.parts.metrics.protocolErrors.inc();
       if ((parsed.type === 'chat' || parsed.type === 'send') && parsed.messageId && this.state === 'bound')
         this.reject(parsed.messageId, 'invalid_frame', parsed.reason);
-      else this.sendError('invalid_frame', parsed.reason);
+      else this.sendError('invalid_frame', parsed.reason, parsed.messageId);
       this.strike();
       return;
     }
@@ -486,8 +486,8 @@ export class Session implements Rated, Follower, MailboxOwner {
     this.send({ type: 'rejected', messageId, code, message, temporary, retryAfterMs });
   }
 
-  private sendError(code: ErrorCode, message: string): void {
-    this.send({ type: 'error', code, message });
+  private sendError(code: ErrorCode, message: string, messageId?: string): void {
+    this.send({ type: 'error', code, message, messageId });
   }
 
   send(frame: ServerFrame): void {

@@ -58,7 +58,10 @@ const id = (name: string, max: number) =>
 export const messageIdSchema = id('messageId', 128);
 export const groupIdSchema = id('group', 64);
 /** User ids inside frames (recipients): an integer means its decimal string. */
-export const userIdSchema = z.union([z.int().transform(String), id('user', 64)]);
+export const userIdSchema = z.union(
+  [z.int().transform(String), id('user', 64)],
+  'must be a user id: 1 to 64 of A-Z a-z 0-9 . _ : @ -, or an integer',
+);
 const frameIdSchema = z
   .string()
   .max(40)
@@ -81,7 +84,9 @@ export const clientFrameSchema = z.discriminatedUnion('type', [
     userId: z.unknown().optional(),
     token: z.string().max(8192).optional(),
     device: id('device', 64).optional(),
-    inboxAfter: z.union([z.int().min(0).transform(String), z.string().max(64)]).optional(),
+    inboxAfter: z
+      .union([z.int().min(0).transform(String), z.string().max(64)], 'must be an inbox id')
+      .optional(),
   }),
   z.object({
     type: z.literal('chat'),
@@ -202,7 +207,7 @@ export type ServerFrame =
   /** `userIds` as they were asked for. */
   | { type: 'presence'; userIds: string[]; online: Record<string, { device: string; node: string }[]> }
   | { type: 'heartbeat'; time: number }
-  | { type: 'error'; code: ErrorCode; message: string; retryAfterMs?: number };
+  | { type: 'error'; code: ErrorCode; message: string; messageId?: string; retryAfterMs?: number };
 
 export type ServerFrameOf<T extends ServerFrame['type']> = Extract<ServerFrame, { type: T }>;
 
@@ -218,11 +223,12 @@ export function parseClientFrame(
   }
   if (typeof value !== 'object' || value === null || Array.isArray(value))
     return { reason: 'the frame must be a JSON object' };
-  let parsed = clientFrameSchema.safeParse(value);
+  let parsed = clientFrameSchema.safeParse(value, IN_WORDS);
   if (!parsed.success)
     // Many a JSON library writes null for what is absent.
     parsed = clientFrameSchema.safeParse(
       Object.fromEntries(Object.entries(value).filter(([, field]) => field !== null)),
+      IN_WORDS,
     );
   if (parsed.success) return { frame: parsed.data };
   const { type, messageId } = value as Record<string, unknown>;
@@ -237,13 +243,47 @@ export function parseClientFrame(
 
 const FRAME_TYPES = new Set<string>(clientFrameSchema.options.map((option) => option.shape.type.value));
 
-/** One line that names each wrong field: `history.2.role: Invalid option`. */
+const NAMES: Partial<Record<string, string>> = {
+  array: 'a list',
+  boolean: 'true or false',
+  int: 'an integer',
+  number: 'a number',
+  object: 'an object',
+  record: 'an object',
+  string: 'a string',
+};
+
+/** Says what is wrong with what people sent; where a schema has words of its own, those are said. */
+export const IN_WORDS: z.core.ParseContext<z.core.$ZodIssue> = {
+  error(issue) {
+    switch (issue.code) {
+      case 'invalid_type': {
+        if (issue.input === undefined) return 'is missing';
+        const name = NAMES[issue.expected];
+        return name && `must be ${name}`;
+      }
+      case 'invalid_value':
+        return `must be one of ${issue.values.join(', ')}`;
+      case 'too_small':
+        if (issue.origin === 'number') return `must be at least ${issue.minimum}`;
+        return issue.minimum === 1 ? 'must not be empty' : undefined;
+      case 'too_big':
+        if (issue.origin === 'string') return `must have at most ${issue.maximum} characters`;
+        return issue.origin === 'array' ? `must hold at most ${issue.maximum}` : undefined;
+      default:
+        return undefined;
+    }
+  },
+};
+
+/** One line that names each wrong field: `history.2.role must be one of user, assistant, system`. */
 export function describeIssues(error: z.ZodError): string {
   return error.issues
     .slice(0, 3)
     .map((issue) => {
       const path = issue.path.join('.');
-      return path && !issue.message.startsWith(path) ? `${path}: ${issue.message}` : issue.message;
+      if (!path || issue.message.startsWith(path)) return issue.message;
+      return /^(must|is) /.test(issue.message) ? `${path} ${issue.message}` : `${path}: ${issue.message}`;
     })
     .join('; ');
 }

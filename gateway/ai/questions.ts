@@ -7,6 +7,7 @@ import {
   clientFrameSchema,
   describeIssues,
   type HistoryMessage,
+  IN_WORDS,
 } from '../../shared/protocol.ts';
 
 /**
@@ -37,7 +38,7 @@ const eachOf =
   (all: unknown[], context: z.RefinementCtx): T[] => {
     const list: T[] = [];
     for (let index = Math.max(0, all.length - most); index < all.length; index++) {
-      const parsed = item.safeParse(all[index]);
+      const parsed = item.safeParse(all[index], IN_WORDS);
       if (!parsed.success) {
         const { path, message } = parsed.error.issues[0]!;
         context.addIssue({ code: 'custom', path: [index, ...path], message });
@@ -109,7 +110,7 @@ export type UiMessage = z.infer<typeof uiMessageSchema>;
 export function parseAiFrame(text: string): { frame: AiFrame } | { reason: string; requestId?: string } {
   const value = parseJson(text);
   if (value === undefined) return { reason: 'the frame is not a JSON object' };
-  const parsed = frameSchema.safeParse(value);
+  const parsed = frameSchema.safeParse(value, IN_WORDS);
   if (parsed.success) return { frame: parsed.data };
   const requestId = requestIdSchema.safeParse(value.requestId);
   return {
@@ -121,7 +122,7 @@ export function parseAiFrame(text: string): { frame: AiFrame } | { reason: strin
 export function parseAiPost(text: string): { post: AiPost } | { reason: string } {
   const value = parseJson(text);
   if (value === undefined) return { reason: 'the body is not a JSON object' };
-  const parsed = postSchema.safeParse(value);
+  const parsed = postSchema.safeParse(value, IN_WORDS);
   return parsed.success ? { post: parsed.data } : { reason: describeIssues(parsed.error) };
 }
 
@@ -160,15 +161,18 @@ export function readQuestion(
     if (content !== '') history.push({ role: message.role, content });
   }
   const nonce = ask.trigger === 'regenerate-message' ? randomUUID() : '';
-  const parsed = clientFrameSchema.safeParse({
-    type: 'chat',
-    messageId: `ai.${digest([ask.id, last.id, contents, nonce])}`,
-    contents,
-    ...(history.length > 0 ? { history } : {}),
-    conversationId: conversationOf(ask.id),
-    model: ask.model,
-    parameters: ask.parameters,
-  });
+  const parsed = clientFrameSchema.safeParse(
+    {
+      type: 'chat',
+      messageId: `ai.${digest([ask.id, last.id, contents, nonce])}`,
+      contents,
+      ...(history.length > 0 ? { history } : {}),
+      conversationId: conversationOf(ask.id),
+      model: ask.model,
+      parameters: ask.parameters,
+    },
+    IN_WORDS,
+  );
   if (!parsed.success) return { code: 'invalid_frame', message: describeIssues(parsed.error) };
   const question = parsed.data as Question;
   let bytes: number;

@@ -7,6 +7,7 @@ import {
   contentsSchema,
   describeIssues,
   groupIdSchema,
+  IN_WORDS,
   messageIdSchema,
   parseUserId,
   userIdSchema,
@@ -197,7 +198,7 @@ export function createMessageRoutes(parts: MessageRouteParts): Record<string, Re
   }
 
   async function changeMembers(call: HttpCall): Promise<HttpAnswer> {
-    const parsed = membersRequestSchema.safeParse(readJson(call));
+    const parsed = membersRequestSchema.safeParse(readJson(call), IN_WORDS);
     if (!parsed.success) throw new Refused(400, 'invalid_frame', describeIssues(parsed.error));
     const { group, add = [], remove = [] } = parsed.data;
     checkUsers('add', add);
@@ -238,7 +239,7 @@ function readJson(call: HttpCall): unknown {
 
 /** Reads the body so that a mistake in `to` is named by its field, which a union alone would not do. */
 function readRequest(body: unknown): z.infer<typeof messageRequestSchema> {
-  const whole = messageRequestSchema.safeParse(body);
+  const whole = messageRequestSchema.safeParse(body, IN_WORDS);
   if (whole.success) return whole.data;
   const to = (body as { to?: unknown } | null)?.to;
   if (typeof body === 'object' && body !== null && whole.error.issues[0]?.path[0] === 'to') {

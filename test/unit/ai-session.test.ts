@@ -160,13 +160,16 @@ const reasonOf = (messages: unknown) => {
 
 test('messages are looked at one by one, up to the first wrong one', () => {
   const wrong = Array.from({ length: 99_999 }, () => ({}));
-  assert.match(reasonOf(wrong), /^messages\.98998\.id: [^;]*$/);
-  assert.match(reasonOf([message(), message({ role: 'x' }), {}]), /^messages\.1\.role: [^;]*$/);
+  assert.match(reasonOf(wrong), /^messages\.98998\.id is missing$/);
+  assert.match(reasonOf([message(), message({ role: 'x' }), {}]), /^messages\.1\.role must be one of [^;]*$/);
   assert.match(
     reasonOf([message({ parts: [{ type: 'text' }, {}, {}] })]),
-    /^messages\.0\.parts\.1\.type: [^;]*$/,
+    /^messages\.0\.parts\.1\.type is missing$/,
   );
-  assert.match(reasonOf([message({ parts: wrong })]), /^messages\.0\.parts: [^;]*1000[^;]*$/);
+  assert.match(
+    reasonOf([message({ parts: wrong })]),
+    /^messages\.0\.parts must be a list of at most 1000 parts$/,
+  );
   for (const none of [undefined, null, {}, [], 'x']) assert.match(reasonOf(none), /^messages[^;]*$/);
   const headers = Object.fromEntries(wrong.map((_, index) => [index, index]));
   const frame = { type: 'resume', requestId: 'r', id: 'x', headers };

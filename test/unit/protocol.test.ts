@@ -55,10 +55,20 @@ test('a wrong frame is answered with the field that is wrong', () => {
     ['{"type":"chat","messageId":"m","contents":""}', /contents must not be empty/],
     [
       '{"type":"chat","messageId":"m","contents":"x","history":[{"role":"robot","content":"x"}]}',
-      /history\.0\.role/,
+      /^history\.0\.role must be one of user, assistant, system$/,
     ],
     ['{"type":"resume","messageId":"m","after":"later"}', /after must look like/],
-    ['{"type":"presence","userIds":[]}', /userIds/],
+    ['{"type":"presence","userIds":[]}', /^userIds must not be empty$/],
+    ['{"type":"presence"}', /^userIds is missing$/],
+    ['{"type":"presence","userIds":[{}]}', /^userIds\.0 must be a user id/],
+    ['{"type":"ack"}', /^id is missing$/],
+    ['{"type":"ack","id":5}', /^id must be a string$/],
+    ['{"type":"chat","messageId":"m","contents":"x","model":""}', /^model must not be empty$/],
+    [
+      `{"type":"chat","messageId":"m","contents":"x","model":"${'x'.repeat(129)}"}`,
+      /^model must have at most 128 characters$/,
+    ],
+    ['{"type":"chat","messageId":"m","contents":"x","parameters":[]}', /^parameters must be an object$/],
     ['{"type":"chat","messageId":null,"contents":"x"}', /messageId must be a string/],
     // With a mistake in one, a message that was meant for one person must not reach the other.
     ...['""', '"a b"', '[]', `"${'u'.repeat(65)}"`].map((user): [string, RegExp] => [

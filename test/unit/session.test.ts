@@ -134,3 +134,20 @@ test('a long frame is not read before init; refused again and again, it counts a
   for (let count = 0; count < 20; count++) stranger.onText(long);
   assert.equal(closed, 4503);
 });
+
+test('a frame that makes no sense is answered with its messageId where that could be read', () => {
+  const sent: object[] = [];
+  const parts = { rates: { take: () => 0 }, metrics: { protocolErrors: { inc() {} } } };
+  const session = new Session(
+    { open: true, slow: false, send: (text) => sent.push(JSON.parse(text)), close() {} },
+    '',
+    '',
+    parts as unknown as SessionParts,
+  );
+  session.onText('{"type":"resume","messageId":"m1","after":"later"}');
+  session.onText('{"type":"resume","messageId":"a b"}');
+  assert.deepEqual(sent, [
+    { type: 'error', code: 'invalid_frame', message: 'after must look like 1-42', messageId: 'm1' },
+    { type: 'error', code: 'invalid_frame', message: 'messageId may hold only A-Z a-z 0-9 . _ : @ -' },
+  ]);
+});
