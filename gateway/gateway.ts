@@ -319,6 +319,7 @@ export async function startGateway(config: GatewayConfig, log: Logger): Promise<
       log,
     });
 
+    closers.push(() => aiChat.stop());
     const limits = { messageBytes: config.MESSAGE_BYTES, mostUsers: config.MESSAGE_USERS };
     const files = await loadStaticFiles();
     files.set('/openapi.json', openApiFile(limits));

@@ -63,7 +63,6 @@ export interface MailboxOwner {
   readonly device: string;
   readonly connectionId: string;
   readonly slow: boolean;
-  readonly open: boolean;
   sendText(text: string): void;
   closeWith(code: number, reason: string): void;
 }

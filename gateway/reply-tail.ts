@@ -122,7 +122,7 @@ export function tailReplies(parts: {
   const opened = open();
   return {
     opened,
-    ended: opened.then(loop),
+    ended: opened.then(loop, () => {}), // whoever awaits `opened` hears why
     get lastMs() {
       return lastMs;
     },

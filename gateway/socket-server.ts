@@ -316,7 +316,6 @@ export interface SocketServer {
   /** Cuts what is still being streamed over HTTP; its clients see a lost connection, and come back. */
   cutStreams(): void;
   /** Refuses new sockets and HTTP from now on; open sockets stay. */
-  stopListening(): void;
   stop(): void;
 }
 
@@ -534,21 +533,16 @@ export function listen(
         return;
       }
       let listening: ListenSocket | null = socket;
-      const stopListening = () => {
-        if (!listening) return;
-        (uws.us_listen_socket_close ?? uws.closeSocket)!(listening);
-        listening = null;
-      };
       resolve({
         port: (uws.us_socket_local_port ?? uws.getSocketPort)!(socket),
         connections,
         cutStreams() {
           for (const one of [...streams]) one.cut();
         },
-        stopListening,
         stop() {
           clearInterval(watching);
-          stopListening();
+          if (listening) (uws.us_listen_socket_close ?? uws.closeSocket)!(listening);
+          listening = null;
         },
       });
     });

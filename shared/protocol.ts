@@ -25,7 +25,7 @@ export const CLOSE = {
 } as const;
 
 /** All-digit user ids up to this number are kept for systems. */
-export const RESERVED_USER_IDS = 10_000;
+const RESERVED_USER_IDS = 10_000;
 
 /**
  * Reads a user id as clients send it (string or integer) and returns its one spelling, or the reason why it is
@@ -67,7 +67,7 @@ const frameIdSchema = z
   .max(40)
   .refine((text) => parseFrameId(text) !== null, 'after must look like 1-42');
 
-export const historySchema = z
+const historySchema = z
   .array(
     z.object({
       role: z.enum(['user', 'assistant', 'system']),

@@ -34,7 +34,6 @@ const STREAM_HEADERS = {
 const STORE_AWAY = 'The message store does not answer; try again.';
 const STORE_AWAY_MS = 2_000; // most failovers take a few of these; we have tried for seconds ourselves
 
-
 const STATUS: Partial<Record<ErrorCode, number>> = {
   invalid_frame: 400,
   unauthorized: 401,
@@ -64,11 +63,12 @@ export interface AiChatParts {
   log: Logger;
 }
 
-/** Answers the calls that are for it; null for all others. */
 export interface AiChat {
+  /** Answers the calls that are for it; null for all others. */
   answer(call: HttpCall): Promise<HttpAnswer> | null;
   /** For a call whose body could not be read. */
   refuse(call: HttpCall, status: number, error: RivuletError): HttpAnswer | null;
+  stop(): void;
 }
 
 export function createAiChat(parts: AiChatParts): AiChat {
@@ -249,6 +249,7 @@ export function createAiChat(parts: AiChatParts): AiChat {
   }
 
   return {
+    stop: () => clearInterval(timer),
     answer(call) {
       const match = PATH.exec(call.path);
       if (!match) return null;

@@ -21,7 +21,7 @@ import { type HttpRoute, json } from './routes.ts';
 /** The HTTP API for other systems: messages to people, and members of groups. */
 
 /** Who a message is from when the caller does not say. Nobody can log in with a reserved id. */
-export const SYSTEM_SENDER = '0';
+const SYSTEM_SENDER = '0';
 
 const recipients = {
   user: z.strictObject({ user: userIdSchema }),

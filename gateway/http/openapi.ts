@@ -42,7 +42,7 @@ const FAILURES = {
   503: failure('Try again, perhaps on another node.', 'shutting_down', 'this node is shutting down'),
 };
 
-export function createOpenApi(limits: { messageBytes: number; mostUsers: number }) {
+function createOpenApi(limits: { messageBytes: number; mostUsers: number }) {
   return {
     openapi: '3.1.0',
     info: {

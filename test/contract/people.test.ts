@@ -217,7 +217,6 @@ test('who stays connected is not told that what it had became too old', async (t
       device: 'phone',
       connectionId: 'c1',
       slow: false,
-      open: true,
       sendText(text) {
         const frame = JSON.parse(text);
         got.push(frame.messageId ?? frame.type);

@@ -3,11 +3,12 @@ import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'node:test';
+import { setImmediate as turn } from 'node:timers/promises';
 import { tailReplies } from '../../gateway/reply-tail.ts';
 import { startRedisServer } from '../../infra/redis-server.ts';
 import { createKeys } from '../../shared/keys.ts';
 import { createLogger } from '../../shared/logger.ts';
-import { createRedis } from '../../shared/redis.ts';
+import { createRedis, type RedisConnection } from '../../shared/redis.ts';
 
 /** A gateway that stood still for a moment has much to read: small entries come many at a time, large ones do not. */
 test('a tail that is behind reads by bytes, in order', async (t) => {
@@ -70,4 +71,26 @@ test('a tail that is behind reads by bytes, in order', async (t) => {
     got,
     Array.from({ length: written }, (_, index) => `a ${index}`),
   );
+});
+
+test('a stream that cannot be made is told once, to whoever waits for it', async (t) => {
+  const unheard: unknown[] = [];
+  const note = (reason: unknown) => unheard.push(reason);
+  process.on('unhandledRejection', note);
+  t.after(() => process.off('unhandledRejection', note));
+  const tail = tailReplies({
+    node: 'gw-1',
+    keys: createKeys('chat'),
+    redis: {
+      client: { xadd: () => Promise.reject(new Error('OOM')) },
+      onReconnect() {},
+    } as unknown as RedisConnection,
+    onFrame() {},
+    onBroken() {},
+    log: createLogger('silent', {}),
+    signal: AbortSignal.abort(),
+  });
+  await assert.rejects(tail.opened, /OOM/);
+  await turn();
+  assert.deepEqual(unheard, []);
 });

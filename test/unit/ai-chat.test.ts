@@ -75,3 +75,12 @@ test('parameters that are nested too deeply are refused', async () => {
   assert.equal(answer.status, 400);
   assert.match(String(answer.body), /invalid_frame.*nested too deeply/);
 });
+
+test('its timer ends with it', (t) => {
+  const made = t.mock.method(globalThis, 'setInterval');
+  const cleared = t.mock.method(globalThis, 'clearInterval');
+  const aiChat = createAiChat({} as AiChatParts);
+  aiChat.stop();
+  assert.equal(made.mock.calls.length, 1);
+  assert.equal(cleared.mock.calls[0]!.arguments[0], made.mock.calls[0]!.result);
+});

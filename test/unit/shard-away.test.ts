@@ -102,7 +102,6 @@ test('mailboxes are looked at although others cannot be', async () => {
       device: 'd',
       connectionId: 'c',
       slow: false,
-      open: true,
       sendText() {},
       closeWith: (_, reason) => void closed.push(`${userId} ${reason}`),
     };
