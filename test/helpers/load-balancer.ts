@@ -16,15 +16,19 @@ export interface LoadBalancer {
   stop(): Promise<void>;
 }
 
-const INFRA = fileURLToPath(new URL('../../infra/', import.meta.url));
+export const INFRA = fileURLToPath(new URL('../../infra/', import.meta.url));
 
 export async function startHaproxy(
-  gateways: { port: number }[],
+  gateways: { port: number; host?: string }[],
   certificate: Certificate,
+  config = `${INFRA}haproxy.cfg`,
 ): Promise<LoadBalancer & { stats: string }> {
   const [port, tlsPort, statsPort] = await freePorts(3);
-  const addresses = gateways.map((gateway, index) => [`GATEWAY_${index + 1}`, `127.0.0.1:${gateway.port}`]);
-  const balancer = await run('haproxy', process.env.HAPROXY ?? 'haproxy', ['-f', `${INFRA}haproxy.cfg`], {
+  const addresses = gateways.map(({ host = '127.0.0.1', port }, index) => [
+    `GATEWAY_${index + 1}`,
+    `${host}:${port}`,
+  ]);
+  const balancer = await run('haproxy', process.env.HAPROXY ?? 'haproxy', ['-f', config], {
     ...Object.fromEntries(addresses),
     HTTP_BIND: `127.0.0.1:${port}`,
     TLS_BIND: `127.0.0.1:${tlsPort}`,

@@ -1,5 +1,5 @@
 import assert from 'node:assert/strict';
-import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
+import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { after, before, type TestContext, test } from 'node:test';
@@ -8,7 +8,13 @@ import { type Answer, type Client, createClient } from '../../shared/client.ts';
 import { type Certificate, makeCertificate } from '../helpers/certificate.ts';
 import { eventually } from '../helpers/eventually.ts';
 import { freePort } from '../helpers/free-port.ts';
-import { type LoadBalancer, startHaproxy, startNginx, untilItServes } from '../helpers/load-balancer.ts';
+import {
+  INFRA,
+  type LoadBalancer,
+  startHaproxy,
+  startNginx,
+  untilItServes,
+} from '../helpers/load-balancer.ts';
 import { type GatewayProcess, type Stack, startStack } from '../helpers/stack.ts';
 
 /** The shipped HAProxy and nginx configurations in front of three gateways, with the real programs. */
@@ -168,6 +174,19 @@ test('HAProxy', { timeout: 90_000 }, async (t) => {
   await checkTls(balancer);
   assert.equal((await fetch(`${balancer.http}/metrics`)).status, 404, 'metrics stay inside');
   assert.match(await (await fetch(`${balancer.stats}/metrics`)).text(), /haproxy_server_status/);
+});
+
+test('HAProxy: a gateway stays whose name no DNS server knows', { timeout: 30_000 }, async (t) => {
+  // What took such a gateway out of service after 30 s would do so after one.
+  const config = join(dir, 'haproxy.cfg');
+  const shipped = readFileSync(`${INFRA}haproxy.cfg`, 'utf8');
+  writeFileSync(config, shipped.replace('parse-resolv-conf\n', 'parse-resolv-conf\n    hold nx 1s\n'));
+  const [{ port } = { port: 0 }] = stack.gateways;
+  const balancer = await startHaproxy([{ host: 'localhost', port }], certificate, config);
+  t.after(() => balancer.stop());
+  await untilItServes(balancer);
+  for (const until = Date.now() + 4_000; Date.now() < until; await new Promise((go) => setTimeout(go, 200)))
+    assert.equal((await fetch(`${balancer.http}/readyz`)).status, 200, balancer.output());
 });
 
 test('nginx', { timeout: 90_000 }, async (t) => {

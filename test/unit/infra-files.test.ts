@@ -278,6 +278,7 @@ test('compose: files that exist, settings that parse, health before start, room 
     );
   for (const address of ['GATEWAY_1', 'GATEWAY_2'])
     assert.ok(services[services.haproxy.environment[address].split(':')[0]]);
+  assert.ok(services.haproxy.environment.GATEWAY_DNS, 'containers change their addresses');
 });
 
 test('redis.conf and the ACL file start a real server', async (t) => {
