@@ -17,7 +17,10 @@ const PATIENCE_MS = 4_000; // an outage shorter than this is not worth a banner
 const LISTED_CONVERSATIONS = 6; // until all are asked for: people come below them
 const HISTORY_TURNS = 40;
 const HISTORY_CHARACTERS = 60_000;
+const LONG_FIELD = 5_000; // characters; from here on the field does not look for its direction itself
 const NEAR_END_PX = 80;
+const RIGHT_TO_LEFT =
+  /^\P{L}*[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufeff\u{10800}-\u{10fff}\u{1e800}-\u{1efff}]/u;
 const WIDE = window.matchMedia('(min-width: 1180px)');
 const NARROW = window.matchMedia('(max-width: 820px)');
 
@@ -45,6 +48,8 @@ const unsaved = new Set();
 let stickToEnd = true;
 /** Node names, for "picked up again on n2". */
 let lastNode = '';
+/** What the gateway takes of one frame, as it said last. */
+let mostFrameBytes = Number.POSITIVE_INFINITY;
 let pipelineUrls = [];
 let awaySince = 0;
 let unreadCount = 0;
@@ -88,7 +93,8 @@ function connect() {
   made.on('ended', (event) => {
     if (client === made) takeEnd(event);
   });
-  made.on('ready', ({ node }) => {
+  made.on('ready', ({ node, limits }) => {
+    mostFrameBytes = limits?.maxFrameBytes || Number.POSITIVE_INFINITY;
     const moved = lastNode !== '' && lastNode !== node;
     lastNode = node;
     showConnection('ready', moved ? `Now on ${node}` : `Connected · ${node}`);
@@ -221,14 +227,30 @@ function follow(conversation, turn) {
 function historyBefore(conversation, turn) {
   const history = [];
   let characters = 0;
+  let room = mostFrameBytes - questionBytes(conversation, turn.question);
   const earlier = conversation.turns.slice(0, conversation.turns.indexOf(turn)).slice(-HISTORY_TURNS);
   for (const { question, text } of earlier.reverse()) {
+    if (text === '') continue;
+    const pair = [
+      { role: 'user', content: question },
+      { role: 'assistant', content: text },
+    ];
     characters += question.length + text.length;
     if (characters > HISTORY_CHARACTERS) break;
-    if (text !== '')
-      history.unshift({ role: 'user', content: question }, { role: 'assistant', content: text });
+    room -= bytesOf(pair);
+    if (room < 0) break;
+    history.unshift(...pair);
   }
   return history.length > 0 ? history : undefined;
+}
+
+/** Of the frame that asks it without earlier turns. The id of a message is as long as that of its conversation. */
+function questionBytes({ id }, contents) {
+  return bytesOf({ type: 'chat', messageId: id, contents, conversationId: id, history: [] });
+}
+
+function bytesOf(value) {
+  return new TextEncoder().encode(JSON.stringify(value)).length;
 }
 
 function takeProgress(entry) {
@@ -318,6 +340,10 @@ function stopAnswer() {
 function ask(question) {
   const text = question.trim();
   if (text === '' || openTurn()) return false;
+  if (questionBytes(current, text) > mostFrameBytes) {
+    toast(`This message is too long: at most ${mostFrameBytes.toLocaleString()} bytes.`);
+    return false;
+  }
   const turn = store.addTurn(current, text);
   store.save(current);
   rememberCurrent();
@@ -444,7 +470,7 @@ function keepDraft() {
 
 function takeDraft() {
   const key = people.shownKey;
-  $('question').value = drafts.get(key) ?? '';
+  fillQuestion(drafts.get(key) ?? '');
   $('question').placeholder = people.placeholder || 'Write a message';
   $('hint-stop').hidden = key !== '';
   resizeQuestion();
@@ -865,7 +891,7 @@ function changeUser(value) {
   }
   lastNode = '';
   drafts.clear();
-  questionField.value = '';
+  fillQuestion('');
   store = createConversationStore(userId, onStored);
   people.setUser(userId);
   hideBanner();
@@ -1008,6 +1034,17 @@ const people = createPeopleView({
 
 const questionField = $('question');
 
+function fillQuestion(text) {
+  turnQuestion(text);
+  questionField.value = text;
+}
+
+/** Looking for the direction of a long text takes a browser minutes: it gets that of its first letter, for good. */
+function turnQuestion(text) {
+  const isLong = text.length > LONG_FIELD;
+  questionField.dir = isLong ? (RIGHT_TO_LEFT.test(text.slice(0, LONG_FIELD)) ? 'rtl' : 'ltr') : 'auto';
+}
+
 function resizeQuestion() {
   questionField.style.height = 'auto';
   questionField.style.height = `${Math.min(questionField.scrollHeight, 220)}px`;
@@ -1016,13 +1053,17 @@ function resizeQuestion() {
 function submitQuestion() {
   const text = questionField.value;
   if (!(people.shownKey ? people.send(text) : ask(text))) return;
-  questionField.value = '';
+  fillQuestion('');
   drafts.delete(people.shownKey);
   resizeQuestion();
   drawComposer();
 }
 
+questionField.addEventListener('beforeinput', ({ data }) => {
+  if (data?.length > LONG_FIELD) turnQuestion(data); // before the browser looks at it
+});
 questionField.addEventListener('input', () => {
+  turnQuestion(questionField.value);
   resizeQuestion();
   drawComposer();
 });

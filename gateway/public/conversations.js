@@ -9,6 +9,7 @@
  */
 
 const KEPT_CONVERSATIONS = 100; // older ones are dropped
+const MOST_DROPPED = 20; // to make room for one
 const TITLE_LENGTH = 60;
 
 export function createConversationStore(userId, onChange) {
@@ -125,27 +126,43 @@ export function createConversationStore(userId, onChange) {
     conversations.set(conversation.id, conversation);
   }
 
-  /** When the storage is full, the oldest conversations make room; the open page never depends on it. */
+  /**
+   * When the storage is full, the oldest conversations make room, but only for what they can make room for. The open
+   * page never depends on it.
+   */
   function write(key, value) {
-    const oldestFirst = [...conversations.values()].sort((a, b) => a.updatedAt - b.updatedAt);
-    const surplus = conversations.size - KEPT_CONVERSATIONS;
-    for (const old of oldestFirst.splice(0, Math.max(0, surplus))) drop(old, key);
-    for (let tries = 0; tries < 20; tries++) {
-      try {
-        localStorage.setItem(key, value);
-        return;
-      } catch {
-        const oldest = oldestFirst.shift();
-        if (!oldest) return;
-        drop(oldest, key);
-      }
+    const others = [...conversations.values()]
+      .sort((a, b) => a.updatedAt - b.updatedAt)
+      .map(({ id }) => prefix + id)
+      .filter((other) => other !== key);
+    if (put(key, value)) {
+      for (const old of others.slice(0, Math.max(0, conversations.size - KEPT_CONVERSATIONS))) drop(old);
+      return;
+    }
+    const dropped = new Map();
+    for (const old of findRoom(others, value.length - (readText(key)?.length ?? 0))) {
+      dropped.set(old, { conversation: conversations.get(old.slice(prefix.length)), text: readText(old) });
+      drop(old);
+      if (put(key, value)) return;
+    }
+    for (const [old, { conversation, text }] of dropped) {
+      conversations.set(conversation.id, conversation);
+      if (text !== null) put(old, text);
     }
   }
 
-  function drop(conversation, except) {
-    const key = prefix + conversation.id;
-    if (key === except) return;
-    conversations.delete(conversation.id);
+  /** The first of these that hold so many characters together; none where they do not. */
+  function findRoom(keys, length) {
+    let room = 0;
+    const found = keys.slice(0, MOST_DROPPED).findIndex((key) => {
+      room += readText(key)?.length ?? 0;
+      return room >= length;
+    });
+    return keys.slice(0, found + 1);
+  }
+
+  function drop(key) {
+    conversations.delete(key.slice(prefix.length));
     unstore(key);
   }
 }
@@ -205,9 +222,23 @@ function unstore(key) {
   }
 }
 
-function read(key) {
+/** False where it does not fit, or nothing can be stored at all. */
+function put(key, value) {
   try {
-    return parse(localStorage.getItem(key));
+    localStorage.setItem(key, value);
+    return true;
+  } catch {
+    return false;
+  }
+}
+
+function read(key) {
+  return parse(readText(key));
+}
+
+function readText(key) {
+  try {
+    return localStorage.getItem(key);
   } catch {
     return null;
   }

@@ -65,7 +65,7 @@ async function openPage(
     user?: string;
     context?: BrowserContextOptions;
     /** What the page must say of its connection before the test goes on. */
-    connection?: 'ready' | 'off';
+    connection?: 'ready' | 'off' | 'connecting';
     /** Done with the page before it is loaded. */
     prepare?: (page: Page) => Promise<void>;
     /** Complaints that belong to the test, such as those about a server that was killed. */
@@ -529,16 +529,106 @@ test('a long conversation: the page is no taller than its window, and the skip l
   }
 });
 
-test('a question above the limit of the gateway: it says so, and the conversation goes on', async (t) => {
+test('a question above the limit of the gateway stays in the field, and the history is cut to what fits', async (t) => {
   const gateway = await stack.addGateway({ node: 'narrow', env: { MAX_FRAME_BYTES: '2000' } });
   const page = await openPage(t, { gateway });
+  const long = '\u20ac'.repeat(650); // three bytes each
+  await ask(page, long);
+  await page.locator('.toast', { hasText: 'too long: at most 2,000 bytes' }).waitFor();
+  assert.equal(await page.inputValue('#question'), long);
+  assert.equal(await page.locator('.turn').count(), 0);
+  await ask(page, `Repeat: ${'w'.repeat(900)}`);
+  await waitForStatus(page, 'done');
+  await ask(page, 'What is 6 * 7?');
+  await waitForStatus(page, 'done');
+  assert.match(await lastAnswer(page), /42/);
+  await gateway.kill();
+});
+
+test('a question that was asked before the gateway named its limit: it says so, and the conversation goes on', async (t) => {
+  const gateway = await stack.addGateway({ node: 'late', env: { MAX_FRAME_BYTES: '2000' } });
+  let letIn = () => {};
+  const mayConnect = new Promise<void>((resolve) => {
+    letIn = resolve;
+  });
+  const page = await openPage(t, {
+    gateway,
+    connection: 'connecting',
+    prepare: (blank) =>
+      blank.routeWebSocket(/\/ws/, async (socket) => {
+        await mayConnect;
+        socket.connectToServer();
+      }),
+  });
   await ask(page, 'long '.repeat(500));
+  letIn();
   await waitForStatus(page, 'failed');
   assert.equal(await page.textContent('.turn-state'), 'This message is too long.');
   await ask(page, 'What is 6 * 7?');
   await waitForStatus(page, 'done');
   assert.match(await lastAnswer(page), /42/);
   await gateway.kill();
+});
+
+test('a full storage: the oldest conversations make room, but none for what they cannot make room for', async (t) => {
+  const page = await openPage(t);
+  const lengths = [...Array<number>(40).fill(100_000), 6_000_000, 1_500_000, 1_500_000];
+  const looks = await page.evaluate(async (sizes) => {
+    const path = '/conversations.js';
+    const { createConversationStore } = await import(path);
+    const store = createConversationStore('full', () => {});
+    const { setItem } = Storage.prototype;
+    const ids: string[] = [];
+    const seen: boolean[][] = [];
+    for (const size of sizes) {
+      const conversation = store.create();
+      store.addTurn(conversation, 'x'.repeat(size));
+      conversation.updatedAt = ids.push(conversation.id);
+      if (ids.length === 42)
+        Storage.prototype.setItem = function (key, value) {
+          if (value.length > size) throw new DOMException('full', 'QuotaExceededError');
+          setItem.call(this, key, value);
+        };
+      store.save(conversation);
+      Storage.prototype.setItem = setItem;
+      const keys = Object.keys(localStorage);
+      seen.push([
+        ...ids.map((id) => keys.some((key) => key.endsWith(id))),
+        store.list().length === ids.length,
+      ]);
+    }
+    return seen.slice(-3);
+  }, lengths);
+  const [afterHuge, afterFailure, afterLarge] = looks;
+  const all = Array<boolean>(40).fill(true);
+  assert.deepEqual(afterHuge, [...all, false, true]);
+  assert.deepEqual(afterFailure, [...all, false, false, true], 'what was dropped in vain is put back');
+  const dropped = afterLarge!.indexOf(true);
+  assert.ok(dropped > 0 && dropped < 10, `${dropped} were dropped`);
+  assert.deepEqual(afterLarge, [...all.fill(false, 0, dropped), false, false, true, false], 'the oldest');
+});
+
+test('a long paste is there at once, in the direction of its first letter', async (t) => {
+  const page = await openPage(t, { context: { permissions: ['clipboard-read', 'clipboard-write'] } });
+  for (const [word, direction] of [
+    ['word ', 'ltr'],
+    ['... \u05e9\u05dc\u05d5\u05dd ', 'rtl'],
+  ] as const) {
+    const text = word.repeat(direction === 'ltr' ? 200_000 : 2_000);
+    await page.evaluate((copied) => navigator.clipboard.writeText(copied), text);
+    const started = performance.now();
+    await page.press('#question', 'Control+v');
+    await page.evaluate(() => new Promise((resolve) => requestAnimationFrame(resolve)));
+    const ms = performance.now() - started;
+    assert.ok(ms < 6_000, `${Math.round(ms)} ms`);
+    assert.equal(await page.getAttribute('#question', 'dir'), direction);
+    assert.equal(
+      await page.evaluate(() => (document.getElementById('question') as HTMLTextAreaElement).value.length),
+      text.length,
+    );
+    await page.fill('#question', '');
+    assert.equal(await page.getAttribute('#question', 'dir'), 'auto');
+  }
 });
 
 test('not checked for the moment: a question and a message say to try again, not that they are forbidden', async (t) => {
