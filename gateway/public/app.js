@@ -141,24 +141,25 @@ function disconnect() {
 
 function showRefused(code, reason) {
   showConnection('off', 'Not connected');
+  const because = reason ? `: ${reason.replace(/\.$/, '')}.` : '.';
   switch (code) {
     case 1000:
       return;
     case 4500:
-      showBanner(`This name is not accepted${reason ? `: ${reason}` : '.'}`, 'Change name', openUserDialog);
+      showBanner(`This name is not accepted${because}`, 'Change name', openUserDialog);
       return;
     case 4501:
-      showBanner('You are not signed in, or your sign-in has ended.', 'Try again', reconnect);
+      showBanner(
+        `${token ? 'Your sign-in is not accepted' : 'You are not signed in'}${because}`,
+        'Try again',
+        reconnect,
+      );
       return;
     case 4502:
       showBanner('This account is closed for now.', 'Try again', reconnect);
       return;
     default:
-      showBanner(
-        `The server closed the connection${reason ? `: ${reason}` : '.'}`,
-        'Connect again',
-        reconnect,
-      );
+      showBanner(`The server closed the connection${because}`, 'Connect again', reconnect);
   }
 }
 
@@ -856,7 +857,10 @@ function randomLetters(length) {
 
 // -------------------------------------------------------------------------------------------------------- user
 
+/** Whoever has a token has its name: another would end the sign-in. */
 function drawUser() {
+  $('user').disabled = token !== '';
+  $('user-hint').hidden = token !== '';
   $('user-name').textContent = userId;
   const avatar = $('avatar');
   avatar.textContent = initials(userId);
@@ -961,6 +965,7 @@ const pipeline = createPipelineView({
     return [...new Set([origin, location.origin])];
   },
   onNodes: learnNodes,
+  onRefused: () => setPipeline(false, false),
   isMine: (messageId) => followed.has(messageId),
 });
 

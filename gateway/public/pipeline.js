@@ -1,6 +1,7 @@
 /**
  * The live view: asks `GET /pipeline` once a second while it is open and the page is visible, and draws rates from
- * the rise of the counters. It never holds up the chat: a poll that fails is tried again with the next second.
+ * the rise of the counters. It never holds up the chat: a poll that fails is tried again with the next second, and one
+ * that is refused with the next connection.
  */
 
 const POLL_MS = 1_000;
@@ -12,12 +13,14 @@ const SHOWN_REQUESTS = 5; // per worker
  * @param elements the parts of the page that it fills
  * @param getOrigins where to ask, the best first: the gateway in use, then this page's own
  * @param onNodes told the URLs of the live gateways
+ * @param onRefused told that there is nothing to see for this user
  * @param isMine whether a messageId is one of this page's
  */
-export function createPipelineView({ elements, getOrigins, onNodes, isMine }) {
+export function createPipelineView({ elements, getOrigins, onNodes, onRefused, isMine }) {
   let open = false;
   let timer = 0;
   let asking = false;
+  let isRefused = false;
   /** The snapshot before, for rates. */
   let before = null;
   const rates = []; // tokens per second, the latest last
@@ -30,7 +33,13 @@ export function createPipelineView({ elements, getOrigins, onNodes, isMine }) {
   function schedule(ms) {
     clearTimeout(timer);
     // Also while it is closed, once in a while: it is how the page learns of the other gateways.
-    if (!document.hidden) timer = setTimeout(poll, open ? ms : Math.max(ms, before ? 15_000 : 500));
+    if (!document.hidden && !isRefused)
+      timer = setTimeout(poll, open ? ms : Math.max(ms, before ? 15_000 : 500));
+  }
+
+  function refresh() {
+    isRefused = false;
+    schedule(0);
   }
 
   async function poll() {
@@ -79,6 +88,10 @@ export function createPipelineView({ elements, getOrigins, onNodes, isMine }) {
     if (kind !== 'away') elements.content.hidden = true;
     elements.content.classList.toggle('stale', kind === 'away');
     if (kind === 'away') before = null;
+    else {
+      isRefused = true;
+      onRefused();
+    }
   }
 
   function show(snapshot) {
@@ -186,7 +199,7 @@ export function createPipelineView({ elements, getOrigins, onNodes, isMine }) {
 
   document.addEventListener('visibilitychange', () => schedule(0));
   schedule(0);
-  return { setOpen, refresh: () => schedule(0) };
+  return { setOpen, refresh };
 }
 
 class Problem extends Error {

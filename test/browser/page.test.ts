@@ -689,7 +689,13 @@ test('where sign-in is asked for: a stranger is told, the live view is off, a to
   const secret = 'a secret of thirty-two characters!';
   const gateway = await stack.addGateway({ node: 'signed', env: { AUTH: 'jwt', JWT_SECRET: secret } });
   const page = await openPage(t, { gateway, connection: 'off', allow: /401/ });
-  await page.locator('#banner', { hasText: 'not signed in' }).waitFor();
+  await page.locator('#banner', { hasText: 'You are not signed in: a token is required.' }).waitFor();
+  await page.waitForSelector('body:not(.pipeline-open)');
+  let looks = 0;
+  page.on('request', (request) => {
+    if (request.url().endsWith('/pipeline')) looks++;
+  });
+  await page.click('#toggle-pipeline');
   await page.locator('#pipeline-note', { hasText: 'off for this user' }).waitFor();
   const encode = (value: string) => Buffer.from(value).toString('base64url');
   const unsigned = `${encode('{"alg":"HS256","typ":"JWT"}')}.${encode('{"sub":"ann","exp":4102444800}')}`;
@@ -697,4 +703,9 @@ test('where sign-in is asked for: a stranger is told, the live view is off, a to
   await page.goto(`${gateway.http}/?userId=ann&token=${token}`);
   await page.waitForSelector('#connection[data-state=ready]');
   assert.equal(new URL(page.url()).search, '?userId=ann', 'the token leaves the address bar');
+  assert.ok(await page.isDisabled('#user'), 'a name comes with its token');
+  await page.waitForTimeout(2_500);
+  assert.ok(looks <= 2, `the live view was asked for ${looks} times`);
+  await page.goto(`${gateway.http}/?userId=ben`);
+  await page.locator('#banner', { hasText: 'not accepted: the token belongs to another user.' }).waitFor();
 });
