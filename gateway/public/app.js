@@ -1,7 +1,7 @@
 import { createClient } from './client.js';
 import { createConversationStore, isOpen } from './conversations.js';
 import { createMarkdownView } from './markdown.js';
-import { createPeopleView, hueOf, initials } from './people.js';
+import { createPeopleView, hueOf, initials, replaceRows } from './people.js';
 import { createPipelineView } from './pipeline.js';
 
 /**
@@ -17,6 +17,7 @@ const PATIENCE_MS = 4_000; // an outage shorter than this is not worth a banner
 const LISTED_CONVERSATIONS = 6; // until all are asked for: people come below them
 const HISTORY_TURNS = 40;
 const HISTORY_CHARACTERS = 60_000;
+const LONGEST_DRAFT = 100_000; // characters; a longer one does not outlive a reload
 const LONG_FIELD = 5_000; // characters; from here on the field does not look for its direction itself
 const NEAR_END_PX = 80;
 const RIGHT_TO_LEFT =
@@ -51,7 +52,7 @@ let lastNode = '';
 /** What the gateway takes of one frame, as it said last. */
 let mostFrameBytes = Number.POSITIVE_INFINITY;
 let pipelineUrls = [];
-let awaySince = 0;
+let patience = 0;
 let unreadCount = 0;
 let showsAllConversations = false;
 /** What was written and not sent: one for the assistant, one for each thread. */
@@ -94,6 +95,7 @@ function connect() {
     if (client === made) takeEnd(event);
   });
   made.on('ready', ({ node, limits }) => {
+    endPatience();
     mostFrameBytes = limits?.maxFrameBytes || Number.POSITIVE_INFINITY;
     const moved = lastNode !== '' && lastNode !== node;
     lastNode = node;
@@ -110,28 +112,44 @@ function connect() {
   made.on('disconnected', ({ code, reason, final }) => {
     if (client !== made) return;
     for (const entry of followed.values()) entry.interrupted = true;
-    if (final) showRefused(code, reason);
+    if (final) {
+      endPatience();
+      showRefused(code, reason);
+    }
     drawAll();
   });
-  made.on('reconnecting', ({ attempt }) => {
+  made.on('reconnecting', () => {
     if (client !== made) return;
     showConnection(
       'waiting',
       navigator.onLine === false ? 'Offline' : lastNode ? 'Reconnecting…' : 'Connecting…',
     );
-    if (attempt === 1) awaySince = Date.now();
-    if (Date.now() - awaySince > PATIENCE_MS)
-      showBanner('The gateway cannot be reached. Trying again by itself.', 'Try now', () => client.wake());
+    startPatience();
     drawAll();
   });
   people.attach(made);
   showConnection('connecting', 'Connecting…');
+  startPatience();
   made.connect().catch(() => {}); // a refusal is shown by `disconnected`
   followOpenTurns();
 }
 
+function startPatience() {
+  patience ||= setTimeout(
+    () =>
+      showBanner('The gateway cannot be reached. Trying again by itself.', 'Try now', () => client.wake()),
+    PATIENCE_MS,
+  );
+}
+
+function endPatience() {
+  clearTimeout(patience);
+  patience = 0;
+}
+
 function disconnect() {
   saveNow();
+  endPatience();
   people.detach();
   const old = client;
   client = null;
@@ -340,7 +358,11 @@ function stopAnswer() {
 
 function ask(question) {
   const text = question.trim();
-  if (text === '' || openTurn()) return false;
+  if (text === '') return false;
+  if (openTurn()) {
+    toast('One answer at a time: wait for this one, or stop it.');
+    return false;
+  }
   if (questionBytes(current, text) > mostFrameBytes) {
     toast(`This message is too long: at most ${mostFrameBytes.toLocaleString()} bytes.`);
     return false;
@@ -467,6 +489,28 @@ function focusComposer() {
 
 function keepDraft() {
   drafts.set(people.shownKey, $('question').value);
+}
+
+/** For a reload: they are this tab's, and this user's. */
+function storeDrafts() {
+  keepDraft();
+  const kept = [...drafts].filter(([, text]) => text !== '' && text.length <= LONGEST_DRAFT);
+  try {
+    sessionStorage.setItem('rivulet:drafts', JSON.stringify({ userId, kept }));
+  } catch {
+    // Not remembered.
+  }
+}
+
+function restoreDrafts() {
+  try {
+    const stored = JSON.parse(sessionStorage.getItem('rivulet:drafts'));
+    if (stored?.userId !== userId) return;
+    for (const [key, text] of stored.kept) drafts.set(key, text);
+  } catch {
+    // None, or none of ours.
+  }
+  fillQuestion(drafts.get('') ?? '');
 }
 
 function takeDraft() {
@@ -634,9 +678,9 @@ function drawSidebar() {
   more.setAttribute('aria-expanded', String(showsAllConversations));
   const rows = listed.map((conversation) => {
     const row = element('li', 'list-row');
+    row.dataset.key = conversation.id;
     const open = element('button', 'list-item');
     open.type = 'button';
-    open.dataset.id = conversation.id;
     if (conversation.id === current.id) open.setAttribute('aria-current', 'page');
     const title = element('span', 'list-text', conversation.title || 'Untitled');
     title.dir = 'auto';
@@ -655,9 +699,7 @@ function drawSidebar() {
     row.append(open, remove);
     return row;
   });
-  const focusedId = document.activeElement?.closest?.('.list-item')?.dataset.id;
-  $('conversations').replaceChildren(...rows);
-  if (focusedId) $('conversations').querySelector(`[data-id="${focusedId}"]`)?.focus();
+  replaceRows($('conversations'), rows, $('new-chat'));
   $('conversations-empty').hidden = rows.length > 0;
 }
 
@@ -931,11 +973,13 @@ function setPipeline(open, remember = true) {
 function updateDrawers() {
   const sidebarOpen = document.body.classList.contains('sidebar-open');
   const pipelineOpen = document.body.classList.contains('pipeline-open');
-  $('sidebar').inert = NARROW.matches && !sidebarOpen;
+  const sidebarCovers = NARROW.matches && sidebarOpen;
+  const pipelineCovers = !WIDE.matches && pipelineOpen;
+  $('sidebar').inert = NARROW.matches ? !sidebarOpen : pipelineCovers;
   $('pipeline').inert = !pipelineOpen;
-  const covered = (NARROW.matches && sidebarOpen) || (!WIDE.matches && pipelineOpen);
+  const covered = sidebarCovers || pipelineCovers;
   $('scrim').hidden = !covered;
-  $('chat').inert = covered && NARROW.matches;
+  $('chat').inert = covered;
 }
 
 function closeDrawers() {
@@ -1084,7 +1128,8 @@ $('composer').addEventListener('submit', (event) => {
   questionField.focus();
 });
 document.addEventListener('keydown', (event) => {
-  if (event.key !== 'Escape' || event.defaultPrevented || document.querySelector('dialog[open]')) return;
+  if (event.key !== 'Escape' || event.isComposing || event.defaultPrevented) return;
+  if (document.querySelector('dialog[open]')) return;
   if (!$('scrim').hidden) {
     const opener = document.body.classList.contains('sidebar-open') ? 'open-sidebar' : 'toggle-pipeline';
     closeDrawers();
@@ -1168,18 +1213,29 @@ $('theme').addEventListener('click', () => {
 });
 
 document.addEventListener('visibilitychange', () => {
-  if (document.hidden) saveNow();
-  else client?.wake();
+  if (document.hidden) {
+    saveNow();
+    storeDrafts();
+  } else client?.wake();
   people.wake();
 });
 window.addEventListener('focus', () => people.wake());
-window.addEventListener('online', () => client?.wake());
+window.addEventListener('online', () => {
+  if (client?.state === 'ready') showConnection('ready', `Connected · ${lastNode}`);
+  client?.wake();
+});
+window.addEventListener('offline', () => {
+  if (client?.state === 'ready') showConnection('waiting', 'Offline');
+  client?.wake(); // a connection that is gone is noticed by its silence
+});
 window.addEventListener('pagehide', () => {
   saveNow();
+  storeDrafts();
   people.saveNow();
 });
 
 drawUser();
+restoreDrafts();
 connect();
 showRemembered({ focus: !NARROW.matches });
 setPipeline(WIDE.matches && memory.get('pipeline') !== 'closed', false);

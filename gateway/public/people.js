@@ -490,22 +490,13 @@ export function createPeopleView(parts) {
     );
     if (list.dataset.key === key) return;
     list.dataset.key = key;
-    const focused = document.activeElement?.closest?.('[data-thread]')?.dataset.thread;
-    const focusedClass = document.activeElement?.classList.contains('list-remove')
-      ? '.list-remove'
-      : '.list-item';
-    list.replaceChildren(...threads.map(buildRow));
-    if (focused)
-      [...list.children]
-        .find((row) => row.dataset.thread === focused)
-        ?.querySelector(focusedClass)
-        ?.focus();
+    replaceRows(list, threads.map(buildRow), elements.addButton);
     empty.hidden = threads.length > 0;
   }
 
   function buildRow(thread) {
     const row = element('li', 'list-row');
-    row.dataset.thread = thread.key;
+    row.dataset.key = thread.key;
     const open = element('button', 'list-item person');
     open.type = 'button';
     if (thread === shown) open.setAttribute('aria-current', 'page');
@@ -973,6 +964,18 @@ export function createPeopleView(parts) {
 }
 
 // ------------------------------------------------------------------------------------------------ small pieces
+
+/** Replaces the rows of a list under the keyboard: who was on one that is gone goes on with its neighbour. */
+export function replaceRows(list, rows, whenEmpty) {
+  const focused = document.activeElement;
+  const at = [...list.children].findIndex((row) => row.contains(focused));
+  const { key } = list.children[at]?.dataset ?? {};
+  list.replaceChildren(...rows);
+  if (at < 0) return;
+  const row = rows.find((other) => other.dataset.key === key) ?? rows[Math.min(at, rows.length - 1)];
+  const part = focused.classList.contains('list-remove') ? '.list-remove' : '.list-item';
+  (row?.querySelector(part) ?? whenEmpty).focus();
+}
 
 function standTogether(a, b) {
   return a.from === b.from && b.at - a.at < RUN_MS && a.state !== 'failed';

@@ -439,6 +439,78 @@ test('narrow and dark: nothing sticks out, drawers open and close', async (t) =>
   await page.waitForSelector('#nodes', { state: 'hidden' });
 });
 
+test('a drawer over the page takes the keyboard with it, also beside a sidebar that stays', async (t) => {
+  const page = await openPage(t, { context: { viewport: { width: 1000, height: 800 } } });
+  await page.click('#toggle-pipeline');
+  await page.waitForSelector('#scrim', { state: 'visible' });
+  for (let presses = 0; presses < 12; presses++) {
+    await page.keyboard.press('Tab');
+    assert.ok(await page.evaluate(() => !document.activeElement?.closest('#chat, #sidebar')));
+  }
+  await page.keyboard.press('Escape');
+  assert.equal(await page.evaluate(() => document.activeElement?.id), 'toggle-pipeline');
+  await page.click('#user');
+});
+
+test('the list of conversations keeps the keyboard, also when a row goes or an answer elsewhere ends', async (t) => {
+  const page = await openPage(t);
+  for (const question of ['Repeat: one', 'Repeat: two', `Repeat: ${LONG}`]) {
+    await page.click('#new-chat');
+    await ask(page, question);
+    if (question.length < 20) await waitForStatus(page, 'done');
+  }
+  const focused = () =>
+    page.evaluate(() => {
+      const { activeElement } = document;
+      return `${activeElement?.className} ${activeElement?.closest('li')?.textContent ?? activeElement?.id}`;
+    });
+  await waitForText(page, 10);
+  await page.locator('.list-row .list-remove').nth(1).focus();
+  assert.match(await focused(), /list-remove Repeat: two/);
+  await waitForStatus(page, 'done');
+  assert.match(await focused(), /list-remove Repeat: two/);
+  await page.keyboard.press('Enter');
+  assert.match(await focused(), /list-remove Repeat: one/, 'the next one');
+  await page.keyboard.press('Enter');
+  assert.match(await focused(), /list-remove Repeat: w1/, 'the last one');
+});
+
+test('Enter beside a running answer says why nothing is sent, Esc that ends a composition stops nothing, a draft stays', async (t) => {
+  const page = await openPage(t);
+  await ask(page, `Repeat: ${LONG}`);
+  await waitForText(page, 20);
+  await ask(page, 'and then?');
+  await page.locator('.toast', { hasText: 'One answer at a time' }).waitFor();
+  await page.dispatchEvent('#question', 'keydown', { key: 'Escape', isComposing: true });
+  await waitForText(page, 100);
+  assert.equal(await page.locator('.turn').getAttribute('data-status'), 'running');
+  await page.reload();
+  assert.equal(await page.inputValue('#question'), 'and then?');
+  await waitForStatus(page, 'done');
+  await page.press('#question', 'Enter');
+  await waitForStatus(page, 'done');
+  await page.reload();
+  assert.equal(await page.inputValue('#question'), '');
+});
+
+test('offline is said at once, and a gateway that cannot be reached after four seconds', async (t) => {
+  const gateway = await stack.addGateway({ node: 'alone' });
+  const page = await openPage(t, {
+    gateway,
+    allow: /Failed to load|ERR_|WebSocket|CORS/,
+    prepare: (blank) => blank.route('**/pipeline', (route) => route.fulfill({ status: 503, body: '' })),
+  });
+  await page.context().setOffline(true);
+  await page.locator('#connection', { hasText: /^Offline$/ }).waitFor({ timeout: 1_000 });
+  await page.context().setOffline(false);
+  await page.locator('#connection', { hasText: 'Connected' }).waitFor();
+  await gateway.kill();
+  const started = performance.now();
+  await page.locator('#banner', { hasText: 'cannot be reached' }).waitFor();
+  const ms = performance.now() - started;
+  assert.ok(ms > 3_500 && ms < 5_500, `${Math.round(ms)} ms`);
+});
+
 test('the live view of a gateway without Redis is away for a while, not missing', async (t) => {
   let isAway = true;
   const page = await openPage(t, {
