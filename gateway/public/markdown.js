@@ -11,6 +11,28 @@ const reader = new MarkdownIt({ linkify: true, breaks: true }).disable('image');
 reader.linkify.set({ fuzzyLink: false, fuzzyEmail: false });
 reader.validateLink = (url) => /^https?:\/\//i.test(url);
 
+/** Text with its http(s) addresses as links; all else stays text, Markdown too. */
+export function linkify(text) {
+  const parts = [];
+  let from = 0;
+  for (const { index, lastIndex, url } of reader.linkify.match(text) ?? []) {
+    if (!reader.validateLink(url)) continue;
+    const link = document.createElement('a');
+    pointTo(link, reader.normalizeLink(url));
+    link.textContent = text.slice(index, lastIndex);
+    parts.push(text.slice(from, index), link);
+    from = lastIndex;
+  }
+  parts.push(text.slice(from));
+  return parts;
+}
+
+function pointTo(link, url) {
+  link.href = url;
+  link.target = '_blank';
+  link.rel = 'noopener noreferrer nofollow';
+}
+
 /** Shows Markdown in `container`; `update` may be called with every new piece. */
 export function createMarkdownView(container) {
   /** @type {{ from: number, source: string, node: Node }[]} */
@@ -110,9 +132,7 @@ function openElement(parent, token) {
     }
     case 'link_open': {
       const link = place(parent, 'a');
-      link.href = token.attrGet('href');
-      link.target = '_blank';
-      link.rel = 'noopener noreferrer nofollow';
+      pointTo(link, token.attrGet('href'));
       return link;
     }
     case 'list_item_open':

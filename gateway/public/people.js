@@ -1,3 +1,4 @@
+import { linkify } from './markdown.js';
 import {
   compareInboxIds,
   countUnread,
@@ -979,26 +980,6 @@ export function replaceRows(list, rows, whenEmpty) {
 
 function standTogether(a, b) {
   return a.from === b.from && b.at - a.at < RUN_MS && a.state !== 'failed';
-}
-
-/** Text with its http(s) addresses as links; all else stays text. */
-function linkify(text) {
-  const nodes = [];
-  let from = 0;
-  for (const match of text.matchAll(/\bhttps?:\/\/[^\s<>"']{1,2000}/g)) {
-    const address = match[0].replace(/[.,;:!?)\]}]{1,20}$/, '');
-    if (!URL.canParse(address)) continue;
-    nodes.push(document.createTextNode(text.slice(from, match.index)));
-    const link = document.createElement('a');
-    link.href = address;
-    link.target = '_blank';
-    link.rel = 'noopener noreferrer nofollow';
-    link.textContent = address;
-    nodes.push(link);
-    from = match.index + address.length;
-  }
-  nodes.push(document.createTextNode(text.slice(from)));
-  return nodes;
 }
 
 function describeFailure({ code, message, temporary } = {}) {

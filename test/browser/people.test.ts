@@ -252,6 +252,24 @@ test('where groups are closed, the dialog says so', async (t) => {
   await closed.kill('SIGTERM');
 });
 
+test('bare links: brackets that belong to them, and what ends them', async (t) => {
+  const [ann, ben] = [nextUser('ann'), nextUser('ben')];
+  const page = await openPage(await openBrowser(t), ben, n2);
+  const sender = await stack.client(ann, n1);
+  const contents =
+    'https://bare.example/path_(x), https://x.example/a_ (see http://127.0.0.1:80/b?c=1) "https://d.example/e". //f.example/g mailto:h@i.example';
+  sender.send({ type: 'send', messageId: 'l1', to: { user: ben }, contents });
+  await sender.next('sent', 'l1');
+  await openThread(page, ann);
+  assert.deepEqual(await texts(page, 1), [contents]);
+  assert.deepEqual(await page.locator('.message-text a').allTextContents(), [
+    'https://bare.example/path_(x)',
+    'https://x.example/a_',
+    'http://127.0.0.1:80/b?c=1',
+    'https://d.example/e',
+  ]);
+});
+
 test('hostile contents, notices and stored names are shown, not run', async (t) => {
   const [ann, ben] = [nextUser('ann'), nextUser('ben')];
   const context = await openBrowser(t);
@@ -270,7 +288,8 @@ test('hostile contents, notices and stored names are shown, not run', async (t) 
   const links = await page
     .locator('.message-text a')
     .evaluateAll((list) => list.map((link) => [link.getAttribute('href'), link.getAttribute('rel')]));
-  assert.deepEqual(links, [['https://example.com/', 'noopener noreferrer nofollow']]);
+  const encoded = 'https://example.com/%22onmouseover=%22window.hacked=4';
+  assert.deepEqual(links, [[encoded, 'noopener noreferrer nofollow']]);
   // A name as no server sends it, and entries of a wrong shape.
   await page.evaluate((user) => {
     const name = '<img src=x onerror=window.hacked=5>';
