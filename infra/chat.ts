@@ -189,6 +189,9 @@ async function printAnswer(client: Client, answer: Answer, status: Status): Prom
   const result = await answer.done;
   if (result.status === 'cancelled') status.say('[stopped]');
   else if (result.finishReason === 'length') status.say('[ended at the length limit]');
+  else if (result.finishReason === 'content_filter')
+    status.say(`[${result.text === '' ? 'kept back' : 'cut off'} by the content filter of the model]`);
+  else if (result.text === '') status.say('[the answer was empty]');
   return result.text;
 }
 

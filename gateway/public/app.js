@@ -610,6 +610,11 @@ function describeState(turn) {
     if (turn.status === 'failed') return { tone: 'error', text: describeError(turn.error) };
     if (turn.status === 'cancelled') return { tone: 'quiet', text: 'Stopped' };
     if (turn.finishReason === 'length') return { tone: 'quiet', text: 'Ended at the length limit' };
+    if (turn.finishReason === 'content_filter')
+      return {
+        tone: 'quiet',
+        text: `${turn.text === '' ? 'Kept back' : 'Cut off'} by the content filter of the model`,
+      };
     return { tone: 'quiet', text: turn.text === '' ? 'The answer was empty' : '' };
   }
   const entry = followed.get(turn.messageId);

@@ -498,7 +498,9 @@ test('offline is said at once, and a gateway that cannot be reached after four s
   const page = await openPage(t, {
     gateway,
     allow: /Failed to load|ERR_|WebSocket|CORS/,
-    prepare: (blank) => blank.route('**/pipeline', (route) => route.fulfill({ status: 503, body: '' })),
+    prepare: async (blank) => {
+      await blank.route('**/pipeline', (route) => route.fulfill({ status: 503, body: '' }));
+    },
   });
   await page.context().setOffline(true);
   await page.locator('#connection', { hasText: /^Offline$/ }).waitFor({ timeout: 1_000 });
@@ -734,6 +736,39 @@ test('not checked for the moment: a question and a message say to try again, not
   await page.keyboard.press('Enter');
   await ask(page, 'a message');
   await page.locator('#messages', { hasText: /Not sent: .*could not be checked.*try again/i }).waitFor();
+});
+
+test('an answer that the content filter cut off, or kept back, does not look whole', async (t) => {
+  const page = await openPage(t, {
+    prepare: (blank) =>
+      blank.routeWebSocket(/\/ws/, (socket) => {
+        const server = socket.connectToServer();
+        socket.onMessage((data) => {
+          const { type, messageId, contents: text } = JSON.parse(String(data)) as Record<string, string>;
+          if (type !== 'chat') return server.send(data);
+          const finishReason = 'content_filter';
+          const frames = [
+            { type: 'accepted', position: 0, duplicate: false },
+            { type: 'start', id: '1-0', attempt: 1 },
+            ...(text === 'nothing' ? [] : [{ type: 'token', id: '1-1', text }]),
+            {
+              type: 'done',
+              id: `1-${text === 'nothing' ? 1 : 2}`,
+              finishReason,
+              length: text === 'nothing' ? 0 : text!.length,
+            },
+          ];
+          for (const frame of frames) socket.send(JSON.stringify({ messageId, ...frame }));
+        });
+      }),
+  });
+  for (const [question, note] of [
+    ['something', 'Cut off by the content filter of the model'],
+    ['nothing', 'Kept back by the content filter of the model'],
+  ] as const) {
+    await ask(page, question);
+    await page.locator('.turn:last-child .turn-state', { hasText: note }).waitFor();
+  }
 });
 
 test('another name: checked, remembered, with its own conversations', async (t) => {

@@ -85,6 +85,33 @@ test('chat: a gateway that is not ready says why', async (t) => {
   assert.match(nobody.said, /^No gateway answers at ws:\/\/127\.0\.0\.1:1\. Start one with "npm start"/);
 });
 
+test('chat: an answer that is cut off, kept back or empty does not pass for a whole one', async (t) => {
+  const server = new WebSocketServer({ port: 0, host: '127.0.0.1' });
+  await once(server, 'listening');
+  t.after(() => server.close());
+  server.on('connection', (socket) =>
+    socket.on('message', (data) => {
+      const { type, messageId, contents } = JSON.parse(String(data));
+      const send = (frame: object) => socket.send(JSON.stringify({ messageId, ...frame }));
+      if (type === 'init') send({ type: 'ready', node: 'n1', heartbeatMs: 0 });
+      if (type !== 'chat') return;
+      const [finishReason, text = ''] = contents.split(' ');
+      send({ type: 'accepted', position: 0 });
+      send({ type: 'start', id: '1-0', attempt: 1 });
+      if (text) send({ type: 'token', id: '1-1', text });
+      send({ type: 'done', id: `1-${text ? 2 : 1}`, finishReason, length: text.length });
+    }),
+  );
+  const url = `ws://127.0.0.1:${(server.address() as AddressInfo).port}`;
+  for (const [question, told] of [
+    ['content_filter so', 'so\n[cut off by the content filter of the model]\n'],
+    ['content_filter', '[kept back by the content filter of the model]\n'],
+    ['stop', '[the answer was empty]\n'],
+    ['stop so', 'so\n'],
+  ] as const)
+    assert.deepEqual(await call('chat', ['--url', url, question]), { code: 0, said: told });
+});
+
 test('chat: a terminal gets no control characters from a model or its server; a pipe gets them', async (t) => {
   const server = new WebSocketServer({ port: 0, host: '127.0.0.1' });
   await once(server, 'listening');
