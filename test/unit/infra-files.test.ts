@@ -240,6 +240,21 @@ test('the image holds every package that its code imports', () => {
     }
 });
 
+test('prometheus: on Kubernetes too, the jobs are those of the alerts', () => {
+  const commented = /^#\n((?:# {2}.*\n)+)#\n/m.exec(read('infra/prometheus.yml'))![1]!;
+  const [job] = parse(commented.replaceAll(/^#/gm, ''));
+  const names = job.relabel_configs.find((rule: { target_label?: string }) => rule.target_label === 'job');
+  assert.deepEqual(names.source_labels, ['__meta_kubernetes_pod_label_part']);
+  const { scrape_configs } = parse(read('infra/prometheus.yml'));
+  const jobs = scrape_configs.map(({ job_name }: { job_name: string }) => job_name);
+  for (const part of ['gateway', 'worker']) {
+    const [pods] = parseAllDocuments(read(`infra/k8s/${part}.yaml`)).map((document) => document.toJS());
+    assert.deepEqual(pods.spec.template.metadata.labels, { app: 'rivulet', part });
+    assert.equal(pods.spec.template.spec.containers[0].ports.length, 1, 'one target for each pod');
+    assert.ok(jobs.includes(part));
+  }
+});
+
 test('compose: files that exist, settings that parse, health before start, room to drain', () => {
   const { services } = parse(read('infra/compose.yaml'), { merge: true }) as {
     // biome-ignore lint/suspicious/noExplicitAny: checked field by field
