@@ -529,7 +529,11 @@ export function listen(
     app.listen(host, port, uws.LIBUS_LISTEN_EXCLUSIVE_PORT, (socket) => {
       if (!socket) {
         clearInterval(watching);
-        reject(new Error(`PORT ${port} on ${host} cannot be listened on: it is taken, or not allowed`));
+        reject(
+          new Error(
+            `PORT ${port} on HOST ${host} cannot be listened on: the port is taken, or not allowed, or the host is no address of this machine`,
+          ),
+        );
         return;
       }
       let listening: ListenSocket | null = socket;
