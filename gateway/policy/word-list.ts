@@ -1,6 +1,7 @@
-import { stat } from 'node:fs/promises';
+import { access, constants, stat } from 'node:fs/promises';
 import { Worker } from 'node:worker_threads';
 import type { Logger } from 'pino';
+import { ConfigError } from '../../shared/config.ts';
 import { type Policy, type Refusal, UNAVAILABLE } from './policy.ts';
 import { moderatedTexts } from './texts.ts';
 import type { MatcherAnswer, MatcherCall } from './word-matcher.ts';
@@ -39,8 +40,10 @@ export async function createWordList(options: {
   /** The thread that has the list. */
   let matcher: Worker | null = null;
   let failed = '';
+  await access(path, constants.R_OK).catch((error: NodeJS.ErrnoException) => {
+    throw new ConfigError(`Wrong settings: MODERATION_WORDS ${path} cannot be read (${error.code})`);
+  });
   let seen = await stamp(path);
-  if (seen === null) throw new Error(`MODERATION_WORDS: ${path} cannot be read`);
 
   function answer(id: number, refusal: Refusal | null): void {
     const question = waiting.get(id);

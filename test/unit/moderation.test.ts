@@ -10,6 +10,7 @@ import { createPeopleDesk } from '../../gateway/people-desk.ts';
 import { createModerationHook } from '../../gateway/policy/moderation-hook.ts';
 import { type PolicyRequest, UNAVAILABLE } from '../../gateway/policy/policy.ts';
 import { createWordList } from '../../gateway/policy/word-list.ts';
+import { ConfigError } from '../../shared/config.ts';
 import { createLogger } from '../../shared/logger.ts';
 import { eventually } from '../helpers/eventually.ts';
 
@@ -46,6 +47,14 @@ async function openList(name: string, onFailure: 'open' | 'closed' = 'closed') {
   const list = await createWordList({ path, onFailure, log });
   return { list, path, thread: () => threads.at(-1)! };
 }
+
+test('a word list that is not there is a wrong setting, and named', async () => {
+  const path = join(dir, 'nope');
+  await assert.rejects(
+    createWordList({ path, onFailure: 'closed', log }),
+    new ConfigError(`Wrong settings: MODERATION_WORDS ${path} cannot be read (ENOENT)`),
+  );
+});
 
 test('a question to a word list without a thread is answered as its failure says', async (t) => {
   for (const [onFailure, outcome] of [
