@@ -237,14 +237,19 @@ async function choosePorts(config: Config, folder: string): Promise<[number, num
       try {
         return await tryPort(config.HOST, port);
       } catch (error) {
-        throw new StartError(explainPort(config, port, error as NodeJS.ErrnoException, folder));
+        throw new StartError(await explainPort(config, port, error as NodeJS.ErrnoException, folder));
       }
     }),
   );
   return [first!, second!];
 }
 
-function explainPort(config: Config, port: number, error: NodeJS.ErrnoException, folder: string): string {
+async function explainPort(
+  config: Config,
+  port: number,
+  error: NodeJS.ErrnoException,
+  folder: string,
+): Promise<string> {
   if (error.code === 'EADDRNOTAVAIL' || error.code === 'ENOTFOUND')
     return `HOST=${config.HOST} is not an address of this machine.`;
   if (error.code === 'EACCES')
@@ -258,7 +263,20 @@ function explainPort(config: Config, port: number, error: NodeJS.ErrnoException,
   const listener = findListener(port);
   const by = listener ? ` by process ${listener.pid} (${listener.command.slice(0, 80)})` : '';
   const why = port === config.PORT ? '' : ` The second gateway uses the port after ${config.PORT}.`;
-  return `Port ${port} is taken${by}.${why} Choose another: PORT=${port < 9090 ? 9090 : port + 10} npm start`;
+  return `Port ${port} is taken${by}.${why} Choose another: PORT=${await findPorts(config.HOST, port)} npm start`;
+}
+
+/** Where two ports are free, beyond one that is not; the last one looked at where none are. */
+async function findPorts(host: string, taken: number): Promise<number> {
+  let port = taken < 9090 ? 9090 : taken + 10;
+  for (; port + 10 < 65_536; port += 10)
+    try {
+      await Promise.all([tryPort(host, port), tryPort(host, port + 1)]);
+      break;
+    } catch {
+      // Taken too.
+    }
+  return port;
 }
 
 /** One run per folder: two Redis servers on one append-only file would ruin it. */

@@ -1,6 +1,7 @@
 import { mkdirSync, writeFileSync } from 'node:fs';
 import { dirname, resolve } from 'node:path';
 import { parseArgs } from 'node:util';
+import { reportFailure, UsageError } from '../../infra/command.ts';
 import { describeMachine, installPeers } from './environment.ts';
 import { drawSvg, formatTable, summarize, type WorkloadResult } from './report.ts';
 import { RIVULET_SETTINGS, SYSTEMS, type SystemName } from './systems.ts';
@@ -152,7 +153,7 @@ function toJson(
 function chooseWorkloads(wanted: string[] | null): Workload[] {
   if (!wanted) return WORKLOADS;
   const unknown = wanted.find((name) => !WORKLOADS.some(({ id, letter }) => id === name || letter === name));
-  if (unknown) throw new Error(`there is no workload ${unknown}; see --list`);
+  if (unknown) throw new UsageError(`there is no workload ${unknown}; see --list`);
   return WORKLOADS.filter(
     ({ id, letter }) =>
       wanted.includes(id) ||
@@ -165,14 +166,14 @@ function chooseSystems(wanted: string[] | null): SystemName[] {
   const all = Object.keys(SYSTEMS) as SystemName[];
   if (!wanted) return all;
   const unknown = wanted.find((name) => !all.includes(name as SystemName));
-  if (unknown) throw new Error(`there is no system ${unknown}; they are ${all.join(', ')}`);
+  if (unknown) throw new UsageError(`there is no system ${unknown}; they are ${all.join(', ')}`);
   return all.filter((name) => wanted.includes(name));
 }
 
 function positive(name: string, text: string): number {
   const value = Number(text);
   if (value > 0) return value;
-  throw new Error(`${name} must be a number above 0`);
+  throw new UsageError(`${name} must be a number above 0`);
 }
 
 function writeFile(path: string, text: string): void {
@@ -182,8 +183,5 @@ function writeFile(path: string, text: string): void {
 
 main(process.argv.slice(2)).then(
   (code) => process.exit(code),
-  (error: Error) => {
-    process.stderr.write(`${error.message}\n`);
-    process.exit(1);
-  },
+  (error: Error) => process.exit(reportFailure(error, HELP)),
 );

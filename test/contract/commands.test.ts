@@ -141,7 +141,7 @@ test('chat: a terminal gets no control characters from a model or its server; a 
   }
 });
 
-test('chat, streams, users, dead, autoscaler, local: a wrong call leaves with 2 and says how to call', async () => {
+test('chat, streams, users, dead, autoscaler, bench, local: a wrong call leaves with 2 and says how to call', async () => {
   for (const [script, args, says] of [
     ['chat', ['--bogus'], /Unknown option '--bogus'.*--help/s],
     ['streams', ['--bogus'], /Unknown option '--bogus'.*Usage: npm run streams/s],
@@ -153,6 +153,8 @@ test('chat, streams, users, dead, autoscaler, local: a wrong call leaves with 2 
     ['dead', ['list', '--limit', 'x'], /--limit must be a whole number.*Usage: npm run dead/s],
     ['autoscaler', ['--bogus'], /Unknown option '--bogus'.*Usage: npm run autoscaler/s],
     ['local', ['--bogus'], /Unknown option '--bogus'.*Usage: npm start/s],
+    ['../test/bench/main', ['zzz'], /Unexpected argument 'zzz'.*Usage: npm run bench/s],
+    ['../test/bench/main', ['--systems', 'x'], /there is no system x; .*Usage: npm run bench/s],
     ['local', ['9090'], /Unexpected argument '9090'.*Usage: npm start/s],
   ] as const) {
     const { code, said } = await call(script, [...args]);
