@@ -353,6 +353,15 @@ export async function startGateway(config: GatewayConfig, log: Logger): Promise<
       pipelineIsOpen: config.AUTH === 'none',
       origins,
       apiKeys: config.API_KEYS,
+      async isUser(call) {
+        const token = readBearer(call.headers.get('authorization') ?? '');
+        const identity = await authenticate(null, token).catch(() => null);
+        return identity !== null && rates.takeUser(identity.userId, performance.now()) === 0;
+      },
+      async nodeUrls() {
+        const [nodes, now] = await Promise.all([registry.nodes(), redisTime()]);
+        return nodes.flatMap(({ url, until }) => (url && until > now ? url : []));
+      },
       api,
     });
 

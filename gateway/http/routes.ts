@@ -15,6 +15,10 @@ export interface RouteParts {
   /** The pipeline names users; it is open only where anybody may be anybody. */
   pipelineIsOpen: boolean;
   apiKeys: string[];
+  /** Whether a user's token comes with the call, and not too often. */
+  isUser: (call: HttpCall) => Promise<boolean>;
+  /** The addresses of the live gateways. */
+  nodeUrls: () => Promise<string[]>;
   /** Pages of other origins that may use this gateway may see its pipeline too. */
   origins: Origins;
   /** The HTTP API. */
@@ -46,14 +50,8 @@ export function createRoutes(parts: RouteParts): (call: HttpCall) => Promise<Htt
           return json(401, {
             error: { code: 'unauthorized', message: 'the pipeline view needs an API key here' },
           });
-        let snapshot: PipelineSnapshot;
-        try {
-          snapshot = await parts.pipeline();
-        } catch (error) {
-          if (!isConnectionError(error)) throw error;
-          return json(503, { error: { code: 'internal', message: 'Redis does not answer' } });
-        }
-        const answer = json(200, snapshot);
+        const answer = await unlessAway(async () => json(200, await parts.pipeline()));
+        if (answer.status !== 200) return answer;
         const origin = call.headers.get('origin') ?? '';
         if (origin !== '' && parts.origins.allows(origin, call.headers.get('host') ?? ''))
           return {
@@ -61,6 +59,18 @@ export function createRoutes(parts: RouteParts): (call: HttpCall) => Promise<Htt
             headers: { ...answer.headers, 'access-control-allow-origin': origin, vary: 'origin' },
           };
         return answer;
+      },
+    },
+    '/nodes': {
+      GET: async (call) => {
+        if (!(await parts.isUser(call)))
+          return json(401, { error: { code: 'unauthorized', message: "a user's token is needed" } });
+        return unlessAway(async () => {
+          const urls = await parts.nodeUrls();
+          const host = call.headers.get('host')?.replace('localhost', '127.0.0.1');
+          // Whoever came through a load balancer has no use for what is behind it.
+          return json(200, { urls: urls.some((url) => new URL(url).host === host) ? urls : [] });
+        });
       },
     },
   };
@@ -83,6 +93,16 @@ export function createRoutes(parts: RouteParts): (call: HttpCall) => Promise<Htt
       return text(426, 'This is a WebSocket: connect with ws:// or wss://.\n', { upgrade: 'websocket' });
     return text(404, `Nothing is at ${call.path.slice(0, 200)}.\n`);
   };
+}
+
+/** 503 while Redis does not answer. */
+async function unlessAway(answer: () => Promise<HttpAnswer>): Promise<HttpAnswer> {
+  try {
+    return await answer();
+  } catch (error) {
+    if (!isConnectionError(error)) throw error;
+    return json(503, { error: { code: 'internal', message: 'Redis does not answer' } });
+  }
 }
 
 export function text(status: number, body: string, headers: Record<string, string> = {}): HttpAnswer {

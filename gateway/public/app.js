@@ -202,6 +202,16 @@ function learnNodes(urls) {
   client?.setUrls(gatewayUrls());
 }
 
+/** Where the live view is not for everybody, who is signed in may still know the other gateways. */
+async function askNodes() {
+  try {
+    const response = await fetch('/nodes', { headers: { authorization: `Bearer ${token}` } });
+    if (response.ok) learnNodes((await response.json()).urls);
+  } catch {
+    // Asked again with the next connection.
+  }
+}
+
 function sameHost(a, b) {
   const normal = (text) => new URL(text).host.replace('localhost', '127.0.0.1');
   try {
@@ -1014,7 +1024,10 @@ const pipeline = createPipelineView({
     return [...new Set([origin, location.origin])];
   },
   onNodes: learnNodes,
-  onRefused: () => setPipeline(false, false),
+  onRefused() {
+    setPipeline(false, false);
+    if (token) void askNodes();
+  },
   isMine: (messageId) => followed.has(messageId),
 });
 

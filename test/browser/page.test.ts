@@ -2,6 +2,7 @@ import assert from 'node:assert/strict';
 import { createHmac } from 'node:crypto';
 import { once } from 'node:events';
 import { existsSync } from 'node:fs';
+import { get } from 'node:http';
 import type { AddressInfo } from 'node:net';
 import { delimiter, join } from 'node:path';
 import { after, before, type TestContext, test } from 'node:test';
@@ -792,6 +793,12 @@ test('another name: checked, remembered, with its own conversations', async (t) 
   assert.match(page.url(), /userId=someone\.else/);
 });
 
+function signIn(sub: string, secret: string): string {
+  const encode = (value: object) => Buffer.from(JSON.stringify(value)).toString('base64url');
+  const unsigned = `${encode({ alg: 'HS256', typ: 'JWT' })}.${encode({ sub, exp: 4_102_444_800 })}`;
+  return `${unsigned}.${createHmac('sha256', secret).update(unsigned).digest('base64url')}`;
+}
+
 test('where sign-in is asked for: a stranger is told, the live view is off, a token lets in', async (t) => {
   const secret = 'a secret of thirty-two characters!';
   const gateway = await stack.addGateway({ node: 'signed', env: { AUTH: 'jwt', JWT_SECRET: secret } });
@@ -804,10 +811,7 @@ test('where sign-in is asked for: a stranger is told, the live view is off, a to
   });
   await page.click('#toggle-pipeline');
   await page.locator('#pipeline-note', { hasText: 'off for this user' }).waitFor();
-  const encode = (value: string) => Buffer.from(value).toString('base64url');
-  const unsigned = `${encode('{"alg":"HS256","typ":"JWT"}')}.${encode('{"sub":"ann","exp":4102444800}')}`;
-  const token = `${unsigned}.${createHmac('sha256', secret).update(unsigned).digest('base64url')}`;
-  await page.goto(`${gateway.http}/?userId=ann&token=${token}`);
+  await page.goto(`${gateway.http}/?userId=ann&token=${signIn('ann', secret)}`);
   await page.waitForSelector('#connection[data-state=ready]');
   assert.equal(new URL(page.url()).search, '?userId=ann', 'the token leaves the address bar');
   assert.ok(await page.isDisabled('#user'), 'a name comes with its token');
@@ -816,3 +820,33 @@ test('where sign-in is asked for: a stranger is told, the live view is off, a to
   await page.goto(`${gateway.http}/?userId=ben`);
   await page.locator('#banner', { hasText: 'not accepted: the token belongs to another user.' }).waitFor();
 });
+
+test('signed in, without a load balancer: the page moves when its gateway is killed', async (t) => {
+  const env = { AUTH: 'jwt', JWT_SECRET: 'a secret of thirty-two characters!' };
+  const [doomed, spare] = [
+    await stack.addGateway({ node: 'signed-1', env }),
+    await stack.addGateway({ node: 'signed-2', env }),
+  ];
+  const authorization = `Bearer ${signIn('eve', env.JWT_SECRET)}`;
+  const [stranger, proxied] = [
+    await fetch(`${spare.http}/nodes`),
+    await askBehindProxy(spare, authorization),
+  ];
+  assert.equal(stranger.status, 401);
+  assert.deepEqual(proxied, { urls: [] });
+  const page = await openPage(t, {
+    gateway: doomed,
+    user: `eve&token=${signIn('eve', env.JWT_SECRET)}`,
+    allow: /Failed to load|ERR_|WebSocket|CORS|401/,
+  });
+  await page.waitForResponse((response) => response.url().endsWith('/nodes'));
+  await doomed.kill();
+  await page.locator('#connection', { hasText: /signed-2|n1/ }).waitFor();
+});
+
+/** What a gateway tells through a load balancer, which keeps the name that people dial. */
+async function askBehindProxy(gateway: GatewayProcess, authorization: string): Promise<unknown> {
+  const headers = { authorization, host: 'chat.example' };
+  const [answer] = await once(get(`${gateway.http}/nodes`, { headers }), 'response');
+  return JSON.parse((await answer.toArray()).join(''));
+}
