@@ -112,7 +112,7 @@ test('a ban closes the connections on every node, and the door, until it is take
   const audit = await users('audit');
   assert.match(audit, new RegExp(`tester {2}unban ${user}\\n`));
   assert.match(audit, new RegExp(`tester {2}ban ${user} {2}sold spam`));
-  assert.equal(await users('audit', '--prefix', 'chat:new:'), 'nobody has decided anything yet\n');
+  assert.equal(await users('audit', '--prefix', 'chat:new:'), 'No decisions.\n');
 });
 
 test('the command of administrators does nothing when it is called wrongly', async () => {
