@@ -11,6 +11,7 @@ import type { RequestQueue } from '../shared/request-queue.ts';
  */
 
 const FRESH_MS = 1_000; // what was read serves for so long
+const FRESH_FOR_NEW_MS = 100; // and for what is not in it: that may have come since
 const MOST_POSITIONS = 20_000; // farther back nobody is told a place
 const MOST_DOUBTS = 10_000; // beyond it only those are looked after whose clients stay
 
@@ -61,10 +62,12 @@ export function createQueuePlaces({ queue }: { queue: Pick<RequestQueue, 'positi
 
     /** The number of requests ahead of one. What is not found is new, and so behind all that are there. */
     async find(home: string, user: string, messageId: string): Promise<number> {
-      const places = known.get(home);
-      const isFresh = places && performance.now() - places.readMs < FRESH_MS;
-      const { positions } = isFresh ? places : await retrying(() => read(home));
-      return positions.get(`${user} ${messageId}`) ?? positions.size;
+      const key = `${user} ${messageId}`;
+      let places: Places | undefined = known.get(home);
+      const ageMs = performance.now() - (known.get(home)?.readMs ?? Number.NEGATIVE_INFINITY);
+      if (ageMs >= (places?.positions.has(key) ? FRESH_MS : FRESH_FOR_NEW_MS)) places = undefined;
+      places ??= await retrying(() => read(home));
+      return places.positions.get(key) ?? places.positions.size;
     },
 
     doubt(home: string, user: string, messageId: string): void {
