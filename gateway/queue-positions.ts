@@ -93,9 +93,12 @@ export async function tellPositions(parts: {
         one.home = record.node; // another gateway has appended it again
       else open.push(one);
     });
+    const homes = new Map<string, string>(); // several may wait for one request: it is appended once
     for (const one of open) {
-      one.home = (await desk.locate(one.user, one.messageId, home)).home;
-      places.doubts.delete(one.key);
+      const { key, user, messageId } = one;
+      one.home = homes.get(key) ?? (await desk.locate(user, messageId, home)).home;
+      homes.set(key, one.home);
+      places.doubts.delete(key);
     }
     if (failure) throw failure;
   }

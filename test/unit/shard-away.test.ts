@@ -164,3 +164,45 @@ test('places in the queue are told although those of another node cannot be read
   fail(new Error('away'));
   await ended;
 });
+
+test('a request that is nowhere is looked up once, however many wait for it; what has ended is not', async () => {
+  const stop = new AbortController();
+  const located: string[] = [];
+  const follower = { open: true, sendText() {} };
+  const waitFor = (messageId: string) => {
+    const key = `u ${messageId}`;
+    return { home: 'n1', key, user: 'u', messageId, state: 'live', waiting: true, missing: 0, follower };
+  };
+  const watching = [waitFor('lost'), waitFor('lost'), waitFor('moved')];
+  const places = createQueuePlaces({ queue: { positions: async () => new Map() } });
+  for (const messageId of ['lost', 'moved', 'ended']) places.doubt('n1', 'u', messageId);
+  const records: Record<string, object> = {
+    lost: { status: 'queued', node: 'n1' },
+    moved: { status: 'running', node: 'n3' },
+    ended: { status: 'done', node: 'n1' },
+  };
+  const ended = tellPositions({
+    delivery: { watchingQueue: () => watching },
+    places,
+    store: {
+      inspectAll: async (all: { messageId: string }[]) => all.map(({ messageId }) => records[messageId]),
+    },
+    desk: {
+      locate: async (_: string, messageId: string) => {
+        located.push(messageId);
+        return { position: 0, home: 'n2' };
+      },
+    },
+    log,
+    signal: stop.signal,
+  } as unknown as Parameters<typeof tellPositions>[0]);
+  await eventually('a look', () => located.length > 0, 5_000);
+  stop.abort();
+  await ended;
+  assert.deepEqual(located, ['lost']);
+  assert.deepEqual(
+    watching.map(({ home }) => home),
+    ['n2', 'n2', 'n3'],
+  );
+  assert.deepEqual([...places.doubts.keys()], ['u moved'], 'looked for where it is now');
+});
