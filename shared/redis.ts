@@ -14,6 +14,7 @@ import { createTurnPipeline, type Outcome } from './turn-pipeline.ts';
  *   rebuilt, also while it is still shaking hands. Blocked reads have their own deadline (`blocked`).
  * - A command whose connection dies is rejected, never resent behind our back: whoever sent it knows whether it
  *   may be repeated (`retrying` repeats idempotent steps; appends compare with the log first).
+ * - A connection whose database cannot be selected is not used.
  * - Scripts are read from `scripts/`, sent by hash, and loaded again after a restart or a failover.
  * - `batch` is one round trip on a single server and one per node in a Cluster.
  *
