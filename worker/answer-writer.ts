@@ -60,7 +60,7 @@ export class AnswerWriter {
   private alone = false;
   private startPublished = false;
   private routes: string[] = []; // as they were when they were last asked for
-  private routesMs = 0;
+  private routesMs = Number.NEGATIVE_INFINITY;
   private scheduled = false;
   private mending: Promise<void> | null = null;
   private holdTimer: NodeJS.Timeout | undefined;
@@ -72,7 +72,7 @@ export class AnswerWriter {
   fenced = false;
   /** It was expected to be the first attempt, and is not. */
   stale = false;
-  lastAppendMs = Date.now();
+  lastAppendMs = performance.now();
 
   private readonly parts: {
     store: GenerationStore;
@@ -133,7 +133,7 @@ export class AnswerWriter {
   started(routes: string[], before: string): void {
     this.opened = true;
     this.routes = routes;
-    this.routesMs = Date.now();
+    this.routesMs = performance.now();
     this.publishStart(routes, before);
   }
 
@@ -236,7 +236,7 @@ export class AnswerWriter {
     const { messageId } = this.attempt;
     const { type, ...rest } = terminal;
     const json = JSON.stringify(rest);
-    const deadline = Date.now() + PATIENT.deadlineMs;
+    const deadline = performance.now() + PATIENT.deadlineMs;
     for (let round = 1; ; round++) {
       while (!this.fenced && (this.inFlight > 0 || this.mending)) await this.changed();
       if (this.fenced) return null;
@@ -270,7 +270,7 @@ export class AnswerWriter {
         return finished;
       } catch (error) {
         // Safe to repeat: `finish` knows its own terminal frame.
-        if (!isConnectionError(error) || Date.now() > deadline) throw error;
+        if (!isConnectionError(error) || performance.now() > deadline) throw error;
         logger().warn({ err: (error as Error).message }, 'redis is away; the end of this answer waits');
         await delay(backoffMs(round, 50, 1_000));
       }
@@ -447,12 +447,12 @@ export class AnswerWriter {
   private async compareAndRestore(reason: string): Promise<void> {
     const { store, logger, isLeaving } = this.parts;
     while (this.inFlight > 0 && !this.fenced) await this.changed(); // their answers come first: rejected or not
-    const deadline = Date.now() + PATIENT.deadlineMs;
+    const deadline = performance.now() + PATIENT.deadlineMs;
     for (let round = 1; !this.fenced; round++) {
       try {
         const restored = await store.restore(this.attempt, this.texts);
         if (restored.state === 'restored') {
-          this.lastAppendMs = Date.now();
+          this.lastAppendMs = performance.now();
           this.opened = true;
           this.publishStart(restored.routes, '');
           this.publishTexts(restored.routes);
@@ -465,7 +465,7 @@ export class AnswerWriter {
         this.setFenced();
         return;
       } catch (error) {
-        if (!isConnectionError(error) || Date.now() > deadline || isLeaving()) {
+        if (!isConnectionError(error) || performance.now() > deadline || isLeaving()) {
           logger().error({ err: error }, 'the log cannot be compared; giving the attempt up');
           this.setFenced();
           return;

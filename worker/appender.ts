@@ -102,7 +102,7 @@ export function createAppender({
   }
 
   function append(writers: AnswerWriter[], publishes: boolean, together: boolean) {
-    const now = Date.now();
+    const now = performance.now();
     const asking: AnswerWriter[] = [];
     const openings: Append[] = [];
     const opens: Command[] = [];
@@ -203,7 +203,7 @@ export function createAppender({
     underWay++;
     void sent.then((answer) => {
       underWay--;
-      then(answer, Date.now());
+      then(answer, performance.now());
       settle();
     });
   }

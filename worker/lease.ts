@@ -75,12 +75,12 @@ export function keepLeases(parts: {
   }
 
   async function expire(): Promise<void> {
-    const now = Date.now();
-    for (const running of parts.running()) if (now - running.since > parts.timeoutMs) running.expire();
+    const now = performance.now();
+    for (const running of parts.running()) if (now - running.startedMs > parts.timeoutMs) running.expire();
   }
 
   async function watch(): Promise<void> {
-    const now = Date.now();
+    const now = performance.now();
     // One that has ended, or was given up, knows for itself what became of it.
     const quiet = [...parts.running()].filter(
       ({ writer }) => writer && !writer.fenced && !writer.isEnded && now - writer.lastAppendMs >= WATCH_MS,

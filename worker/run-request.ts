@@ -51,7 +51,10 @@ export type Outcome = 'done' | 'failed' | 'cancelled' | 'retry' | 'fenced' | 're
 /** A request that is being worked on. */
 export interface RunningRequest {
   readonly request: QueuedRequest;
+  /** For people who look. */
   readonly since: number;
+  /** By the clock that never jumps. */
+  readonly startedMs: number;
   writer: AnswerWriter | null;
   attempt: number;
   /** The lease was lost: stop, write nothing. */
@@ -86,6 +89,7 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
   const running: RunningRequest = {
     request,
     since: Date.now(),
+    startedMs: performance.now(),
     writer: null,
     attempt: 0,
     lose() {
@@ -247,7 +251,11 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
     await settle(finished.acknowledged);
     if (parts.log.isLevelEnabled('debug'))
       logger().debug(
-        { attempt: begun.attempt, ms: Date.now() - running.since, units: writer.length },
+        {
+          attempt: begun.attempt,
+          ms: Math.round(performance.now() - running.startedMs),
+          units: writer.length,
+        },
         'answered',
       );
     return 'done';

@@ -16,7 +16,13 @@ const log = pino({ level: 'silent' });
 
 function pretendToRun(node: string, writer: object | null): RunningRequest {
   const request = { node, entry: '1-1', user: 'u', messageId: 'm', trace: '', payload: '', deliveries: 1 };
-  return { request, since: Date.now(), attempt: 1, writer } as unknown as RunningRequest;
+  return {
+    request,
+    since: Date.now(),
+    startedMs: performance.now(),
+    attempt: 1,
+    writer,
+  } as unknown as RunningRequest;
 }
 
 /** Starts the loops with what a test needs of their parts. `end` resolves when they have ended. */
@@ -119,7 +125,7 @@ test('when Redis comes back during a round, the rest goes at once, and all of it
 
 test('an answer is not called lost that has ended here, or of which Redis does not tell', async () => {
   const lost: string[] = [];
-  const quiet = { fenced: false, lastAppendMs: 0 };
+  const quiet = { fenced: false, lastAppendMs: -60_000 };
   const check = () => void lost.push('checked');
   const running = ['unknown', 'ended', 'open'].map((name) => ({
     ...pretendToRun('n1', { ...quiet, isEnded: name === 'ended', check }),
@@ -138,6 +144,29 @@ test('an answer is not called lost that has ended here, or of which Redis does n
   await eventually('a look', () => lost.length > 0);
   await leases.end();
   assert.deepEqual([...new Set(lost)], ['open']);
+});
+
+test('a step of the clock neither ends an answer nor hides for how long it has been silent', async (t) => {
+  const seen: string[] = [];
+  const writer = { fenced: false, isEnded: false, lastAppendMs: performance.now() };
+  const running = { ...pretendToRun('n1', writer), expire: () => void seen.push('expired') };
+  t.mock.timers.enable({ apis: ['Date'], now: Date.now() + 7_200_000 });
+  const leases = keep({
+    running: () => [running],
+    timeoutMs: 600_000,
+    store: {
+      async inspectAll() {
+        seen.push('looked at');
+        return [{ status: 'running', attempt: 1, owner: 'w' }];
+      },
+    },
+  });
+  await eventually('a look', () => seen.length > 0);
+  t.mock.timers.setTime(0);
+  await delay(1_500);
+  await leases.end();
+  assert.deepEqual([...new Set(seen)], ['looked at']);
+  assert.ok(seen.length > 1);
 });
 
 test('a node whose server is away does not hold up the retries of the others', async () => {
