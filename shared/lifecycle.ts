@@ -29,11 +29,11 @@ export async function runProcess(start: () => Promise<Running>, log: Logger): Pr
   let stopping: { reason: string; sinceMs: number } | null = null;
   const stop = (reason: string, sameMs = 0) => {
     if (stopping) {
-      if (reason === stopping.reason && Date.now() - stopping.sinceMs < sameMs) return;
+      if (reason === stopping.reason && performance.now() - stopping.sinceMs < sameMs) return;
       log.warn({ reason }, 'second signal: leaving at once');
       process.exit(1);
     }
-    stopping = { reason, sinceMs: Date.now() };
+    stopping = { reason, sinceMs: performance.now() };
     log.info({ reason }, 'stopping');
     if (!running) process.exit(0);
     running.stop().then(
