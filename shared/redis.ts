@@ -326,8 +326,10 @@ export function createRedis(options: RedisConnectionOptions): RedisConnection {
           silentMs = 0;
           const sent = performance.now();
           ping().then(
-            () => {
+            (reply) => {
               pinging = false;
+              // What one user is told must not reach another: better no connection than one whose order is lost.
+              if (reply !== 'PONG') rebuild(redis, 'a ping had the answer to something else');
               options.onPing?.((performance.now() - sent) / 1000);
             },
             () => {

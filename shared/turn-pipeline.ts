@@ -5,8 +5,8 @@ import { CommandBuffer, createParser, RespError, type RespValue } from './resp.t
 /**
  * Sends commands over a connection that ioredis has made (address, Sentinel, TLS, credentials, reconnects) but
  * speaks for itself once it is ready: all commands of an event-loop turn leave in one write, replies are read by
- * `resp.ts`. No other command may be sent on that ioredis instance: it is made without an offline queue, so that
- * ioredis has none to send either.
+ * `resp.ts`. Nobody else may send on that connection then, ioredis itself included: the timer with which it asks a server
+ * that is loading once more outlives its connection, and its question on the next one would shift all replies by one.
  *
  * States: away → ready → away … A command sent while away waits for the next connection; when a connection ends,
  * everything unanswered is rejected and never resent.
@@ -50,7 +50,16 @@ export function createTurnPipeline(redis: Redis): TurnPipeline {
   let waiting = 0;
   let epoch = 0;
 
+  const sendOfIoredis = redis.sendCommand.bind(redis);
+  let taken = false; // from `ready` on, until the connection ends
+  redis.sendCommand = (command, stream) => {
+    if (!taken) return sendOfIoredis(command, stream);
+    command.reject(new Error('this connection is for others'));
+    return command.promise;
+  };
+
   redis.on('ready', () => {
+    taken = true;
     const { stream } = redis;
     const mine = ++epoch;
     // ioredis may still wait for replies of its own (a handshake that an earlier connection cut short is repeated on
@@ -89,6 +98,7 @@ export function createTurnPipeline(redis: Redis): TurnPipeline {
   redis.on('end', away);
 
   function away(): void {
+    taken = false;
     ready = false;
     epoch++;
     outgoing.clear(false);
