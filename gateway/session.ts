@@ -38,7 +38,6 @@ import { type AddressLimit, type FrameRates, frameCost, type Rated } from './rat
 const LINE_FRAMES = 64; // frames of one client that may wait for Redis
 export const STRIKES = 20; // frames that make no sense, in a row, until we hang up
 export const REFUSALS = 1_000; // frames above the rate, in a row, until we hang up
-const FIRST_CHARACTERS = 16_384; // an init with its token fits; nobody need read more of a stranger
 const AWAY = 'The message store does not answer.';
 /** A command whose answer is lost may have been carried out, or be carried out yet. */
 const UNKNOWN_OUTCOME =
@@ -141,11 +140,6 @@ export class Session implements Rated, Follower, MailboxOwner {
       return;
     }
     this.refusals = 0;
-    if (this.state === 'new' && text.length > FIRST_CHARACTERS) {
-      this.sendError('payload_too_large', `a frame before init may have ${FIRST_CHARACTERS} characters`);
-      this.strike();
-      return;
-    }
     if (text === 'PING') {
       this.send({ type: 'heartbeat', time: Date.now() });
       return;
@@ -156,7 +150,8 @@ export class Session implements Rated, Follower, MailboxOwner {
       if ((parsed.type === 'chat' || parsed.type === 'send') && parsed.messageId && this.state === 'bound')
         this.reject(parsed.messageId, 'invalid_frame', parsed.reason);
       else this.sendError('invalid_frame', parsed.reason, parsed.messageId);
-      this.strike();
+      if (++this.strikes >= STRIKES)
+        this.connection.close(CLOSE.protocolViolation, `${STRIKES} frames in a row made no sense`);
       return;
     }
     this.strikes = 0;
@@ -178,11 +173,6 @@ export class Session implements Rated, Follower, MailboxOwner {
         }
         this.enqueue(frame);
     }
-  }
-
-  private strike(): void {
-    if (++this.strikes >= STRIKES)
-      this.connection.close(CLOSE.protocolViolation, `${STRIKES} frames in a row made no sense`);
   }
 
   /** A frame above the rate: answered, not handled. Who does not listen to the answers is cut off. */

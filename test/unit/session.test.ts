@@ -96,7 +96,7 @@ test('a clock that is set back refuses nobody', (t) => {
   assert.deepEqual(sent, ['heartbeat', 'heartbeat']);
 });
 
-test('a long frame is not read before init; refused again and again, it counts as many', async () => {
+test('a long frame that is refused again and again counts as many', async () => {
   const sent: { type: string; code: string }[] = [];
   let closed = 0;
   let isAbove = false;
@@ -116,8 +116,6 @@ test('a long frame is not read before init; refused again and again, it counts a
   };
   const session = new Session(connection, '', '', parts);
   const long = JSON.stringify({ type: 'heartbeat', padding: 'x'.repeat(220_000) });
-  session.onText(long);
-  assert.equal(sent.pop()!.code, 'payload_too_large');
   session.onText(JSON.stringify({ type: 'init', userId: '20001', token: 'x'.repeat(8_192) }));
   while (!session.bound) await turn();
   session.onText(long);
@@ -126,12 +124,6 @@ test('a long frame is not read before init; refused again and again, it counts a
   for (let count = 0; count < 18; count++) session.onText(long);
   assert.equal(closed, 0);
   session.onText(long);
-  assert.equal(closed, 4503);
-
-  const stranger = new Session(connection, '', '', parts);
-  isAbove = false;
-  closed = 0;
-  for (let count = 0; count < 20; count++) stranger.onText(long);
   assert.equal(closed, 4503);
 });
 
