@@ -10,7 +10,7 @@ import { type Running, within } from '../shared/lifecycle.ts';
 import { createNodeRegistry } from '../shared/node-registry.ts';
 import { type PipelineSnapshot, readPipeline } from '../shared/pipeline.ts';
 import { CLOSE } from '../shared/protocol.ts';
-import { createRedis } from '../shared/redis.ts';
+import { createRedis, readServerTime } from '../shared/redis.ts';
 import { isPeopleAddress } from '../shared/reply-stream.ts';
 import { createRequestQueue } from '../shared/request-queue.ts';
 import { createTracing } from '../shared/tracing.ts';
@@ -76,7 +76,7 @@ export async function startGateway(config: GatewayConfig, log: Logger): Promise<
       /** All queues, told by one gateway at a time, or every number would come once from each. */
       async queues() {
         if (!redis.isReady()) return [];
-        const [nodes, now] = await Promise.all([registry.nodes(), redisTime()]);
+        const [nodes, now] = await Promise.all([registry.nodes(), readServerTime(redis.client)]);
         const first = nodes.find(({ until }) => until > now);
         return first?.node === node ? (await lookAtPipeline()).nodes : [];
       },
@@ -96,12 +96,6 @@ export async function startGateway(config: GatewayConfig, log: Logger): Promise<
     const tailRedis = createRedis({ url: config.REDIS_URL, name: `gateway:${node}:tail`, log, hot: true });
     closers.push(() => tailRedis.close());
     await Promise.all([redis.connected(), tailRedis.connected()]);
-
-    /** What leases are measured with, ms. */
-    async function redisTime(): Promise<number> {
-      const [seconds, micros] = await redis.client.time();
-      return Number(seconds) * 1_000 + Math.floor(Number(micros) / 1_000);
-    }
 
     const store = createGenerationStore({
       redis,
@@ -243,7 +237,7 @@ export async function startGateway(config: GatewayConfig, log: Logger): Promise<
     /** One look a second, however many watch. */
     async function lookAtPipeline(): Promise<PipelineSnapshot> {
       if (!snapshot) {
-        snapshot = redisTime().then((now) => readPipeline(redis.client, keys, now));
+        snapshot = readServerTime(redis.client).then((now) => readPipeline(redis.client, keys, now));
         const forget = () => {
           snapshot = null;
         };
@@ -282,19 +276,7 @@ export async function startGateway(config: GatewayConfig, log: Logger): Promise<
 
     const { authenticate, rates } = sessionParts;
     const { MAX_FRAME_BYTES: maxFrameBytes } = config;
-    const aiDesk = createAiDesk({
-      node,
-      keys,
-      redis,
-      store,
-      queue,
-      desk,
-      places,
-      delivery,
-      door: aiDoor,
-      metrics,
-      tracing,
-    });
+    const aiDesk = createAiDesk({ ...sessionParts, door: aiDoor });
     const aiParts: AiSessionParts = {
       aiDesk,
       door: aiDoor,
@@ -359,7 +341,7 @@ export async function startGateway(config: GatewayConfig, log: Logger): Promise<
         return identity !== null && rates.takeUser(identity.userId, performance.now()) === 0;
       },
       async nodeUrls() {
-        const [nodes, now] = await Promise.all([registry.nodes(), redisTime()]);
+        const [nodes, now] = await Promise.all([registry.nodes(), readServerTime(redis.client)]);
         return nodes.flatMap(({ url, until }) => (url && until > now ? url : []));
       },
       api,

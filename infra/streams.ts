@@ -2,7 +2,7 @@ import { setTimeout as delay } from 'node:timers/promises';
 import { parseArgs } from 'node:util';
 import { createKeys } from '../shared/keys.ts';
 import { type PipelineSnapshot, readPipeline } from '../shared/pipeline.ts';
-import { createRedis, type RedisConnection, redactUrl } from '../shared/redis.ts';
+import { createRedis, type RedisConnection, readServerTime, redactUrl } from '../shared/redis.ts';
 import { chooseRedis, reportFailure } from './command.ts';
 import { renderPipeline } from './streams-table.ts';
 
@@ -56,12 +56,7 @@ async function main(args: string[], env: NodeJS.ProcessEnv): Promise<number> {
 }
 
 async function readSnapshot(redis: RedisConnection, prefix: string): Promise<PipelineSnapshot> {
-  const [seconds, micros] = await redis.client.time();
-  return readPipeline(
-    redis.client,
-    createKeys(prefix),
-    Number(seconds) * 1000 + Math.floor(Number(micros) / 1000),
-  );
+  return readPipeline(redis.client, createKeys(prefix), await readServerTime(redis.client));
 }
 
 /** Redraws until q or Ctrl-C; a Redis that is away for a while shows as a line, and comes back. */

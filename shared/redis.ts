@@ -116,19 +116,26 @@ export type ScriptName =
 
 function loadScripts(): Map<string, { source: string; sha: string }> {
   const folder = new URL('./scripts/', import.meta.url);
-  const read = (name: string) => readFileSync(new URL(`${name}.lua`, folder), 'utf8');
+  // `-- @include name` makes another script a function of that name: two steps become one without a copy.
+  const read = (name: string): string =>
+    readFileSync(new URL(`${name}.lua`, folder), 'utf8').replace(
+      /^-- @include (\w+)$/gm,
+      (_, included: string) => `local function ${included}(KEYS, ARGV)\n${read(included)}\nend`,
+    );
   return new Map(
     readdirSync(folder)
       .filter((file) => file.endsWith('.lua'))
       .map((file) => {
-        // `-- @include name` makes another script a function of that name: two steps become one without a copy.
-        const source = read(file.slice(0, -4)).replace(
-          /^-- @include (\w+)$/gm,
-          (_, name: string) => `local function ${name}(KEYS, ARGV)\n${read(name)}\nend`,
-        );
+        const source = read(file.slice(0, -4));
         return [file.slice(0, -4), { source, sha: createHash('sha1').update(source).digest('hex') }];
       }),
   );
+}
+
+/** The server's clock, which leases in Redis are measured with, ms. */
+export async function readServerTime(client: RedisClient): Promise<number> {
+  const [seconds, micros] = await client.time();
+  return Number(seconds) * 1_000 + Math.floor(Number(micros) / 1_000);
 }
 
 /** True for errors after which the same idempotent step may be tried again: the connection or the server, not us. */

@@ -1,14 +1,9 @@
+-- @include above
 -- A page of an inbox, and up to where messages before it were dropped; what is too old counts as dropped.
 -- KEYS: 1 inbox, 2 cursors
 -- ARGV: 1 id to start after or '', 2 most messages in a page, 3 how long messages are kept, in ms
 -- Returns {start, dropped up to or '', page}; the start is the one asked for, but not beyond what is or was there, or
 -- what comes next would look like a double
-local function above(a, b)
-  local aMs, aSeq = string.match(a, '^(%d+)%-(%d+)$')
-  local bMs, bSeq = string.match(b, '^(%d+)%-(%d+)$')
-  aMs, bMs = tonumber(aMs), tonumber(bMs)
-  return aMs > bMs or (aMs == bMs and tonumber(aSeq) > tonumber(bSeq))
-end
 local time = redis.call('TIME')
 local oldest = string.format('%.0f', math.max(0, time[1] * 1000 + math.floor(time[2] / 1000) - ARGV[3]))
 local kept = redis.call('HMGET', KEYS[2], 'dropped', 'top')
@@ -19,9 +14,9 @@ local dropped = aged and aged[1] or not last and kept[2] or kept[1] or ''
 local top = last and last[1] or kept[2]
 local start = ARGV[1]
 if start ~= '' then
-  if not top then start = '' elseif above(start, top) then start = top end
+  if not top then start = '' elseif above({}, { start, top }) then start = top end
 end
-if dropped ~= '' and start ~= '' and not above(dropped, start) then dropped = '' end
+if dropped ~= '' and start ~= '' and not above({}, { dropped, start }) then dropped = '' end
 local from = dropped ~= '' and dropped or start
 local page = redis.call('XRANGE', KEYS[1], from == '' and '-' or '(' .. from, '+', 'COUNT', ARGV[2])
 return { start, dropped, page }

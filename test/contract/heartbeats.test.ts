@@ -1,31 +1,15 @@
 import assert from 'node:assert/strict';
 import { type TestContext, test } from 'node:test';
 import { WebSocket } from 'ws';
-import { type Connection, listen } from '../../gateway/socket-server.ts';
+import { startSocketServer } from '../helpers/socket-server.ts';
 
 /** Who is silent is pinged in time, a few in a turn, and closed in the end; by a clock that nobody sets. */
 
 const HEARTBEAT_MS = 1_000;
 
 async function connect(t: TestContext, count: number, autoPong: boolean) {
-  const connections: Connection[] = [];
-  const server = await listen('127.0.0.1', 0, {
-    maxFrameBytes: 1_000,
-    heartbeatMs: HEARTBEAT_MS,
-    refuseUpgrade: () => null,
-    connect(connection: Connection) {
-      connections.push(connection);
-      return { onText() {}, onDrain() {}, onClose() {} };
-    },
-    answer: async () => ({ status: 404 }),
-    close: { noHeartbeat: 4002, payloadTooLarge: 4504, protocolViolation: 4503, slowClient: 4001 },
-    onError: (error) => assert.fail(String(error)),
-  });
-  t.after(() => server.stop());
-  const clients = Array.from(
-    { length: count },
-    () => new WebSocket(`ws://127.0.0.1:${server.port}/ws`, { autoPong }),
-  );
+  const { connections, url } = await startSocketServer(t, HEARTBEAT_MS);
+  const clients = Array.from({ length: count }, () => new WebSocket(url, { autoPong }));
   t.after(() => {
     for (const client of clients) client.terminate();
   });

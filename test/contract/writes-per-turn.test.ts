@@ -1,27 +1,14 @@
 import assert from 'node:assert/strict';
 import { type TestContext, test } from 'node:test';
 import { WebSocket } from 'ws';
-import { type Connection, listen } from '../../gateway/socket-server.ts';
+import { startSocketServer } from '../helpers/socket-server.ts';
 
 /** A server with so many clients; both sides of each, in the same order. */
 async function connectMany(t: TestContext, count: number) {
-  const connections: Connection[] = [];
-  const server = await listen('127.0.0.1', 0, {
-    maxFrameBytes: 1_000,
-    heartbeatMs: 60_000,
-    refuseUpgrade: () => null,
-    connect(connection: Connection) {
-      connections.push(connection);
-      return { onText() {}, onDrain() {}, onClose() {} };
-    },
-    answer: async () => ({ status: 404 }),
-    close: { noHeartbeat: 4002, payloadTooLarge: 4504, protocolViolation: 4503, slowClient: 4001 },
-    onError: (error) => assert.fail(String(error)),
-  });
-  t.after(() => server.stop());
+  const { connections, url } = await startSocketServer(t, 60_000);
   const clients: WebSocket[] = [];
   for (let index = 0; index < count; index++) {
-    const client = new WebSocket(`ws://127.0.0.1:${server.port}/ws`);
+    const client = new WebSocket(url);
     t.after(() => client.terminate());
     await new Promise((resolve, reject) => client.once('open', resolve).once('error', reject));
     clients.push(client);

@@ -128,7 +128,8 @@ function assertOneRun(text: string): void {
   assert.match(text, /^\S+\.1 .*\S+\.[34]0 $/);
 }
 
-test('a retry that a failover forgot, begun by another worker under a new entry: no client gets a mixture', async (t) => {
+/** A second attempt of one worker, five frames of which its client has seen. */
+async function startRetry(t: TestContext) {
   const HANDLER = handlerFile(t, COUNTED);
   const workerEnv = { HANDLER, RETRY_BASE_MS: '50', LEASE_MS: '3000' };
   const { look, keys, ...stack } = await startStack(t, { workers: 1, workerEnv });
@@ -138,6 +139,11 @@ test('a retry that a failover forgot, begun by another worker under a new entry:
   const [record, log] = [keys.generation('20001', 'm'), keys.log('20001', 'm')];
   const requests = keys.requests('n1');
   const [[entry]] = (await look.client.xpending(requests, 'workers', '-', '+', 1)) as [[string]];
+  return { stack, look, keys, client, record, log, requests, entry };
+}
+
+test('a retry that a failover forgot, begun by another worker under a new entry: no client gets a mixture', async (t) => {
+  const { stack, look, keys, client, record, log, requests, entry } = await startRetry(t);
   const later = `${Number(entry.split('-')[0]) + 5_000}-0`; // the new master moved it back into the stream again
   const begun = look.client
     .multi()
@@ -167,15 +173,7 @@ test('a retry that a failover forgot, begun by another worker under a new entry:
 });
 
 test('a retry that a failover forgot, begun again by the same worker: one run writes, no client gets a mixture', async (t) => {
-  const HANDLER = handlerFile(t, COUNTED);
-  const workerEnv = { HANDLER, RETRY_BASE_MS: '50', LEASE_MS: '3000' };
-  const { look, keys, ...stack } = await startStack(t, { workers: 1, workerEnv });
-  const client = await stack.client(20001);
-  client.send({ type: 'chat', messageId: 'm', contents: 'retry' });
-  while ((await client.next('token', 'm')).id !== '2-5');
-  const [record, log] = [keys.generation('20001', 'm'), keys.log('20001', 'm')];
-  const requests = keys.requests('n1');
-  const [[entry]] = (await look.client.xpending(requests, 'workers', '-', '+', 1)) as [[string]];
+  const { stack, look, client, record, log, requests, entry } = await startRetry(t);
   await look.client
     .multi()
     .xack(requests, 'workers', entry)

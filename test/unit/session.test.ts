@@ -4,6 +4,11 @@ import { setImmediate as turn } from 'node:timers/promises';
 import { createFrameRates } from '../../gateway/rate-limits.ts';
 import { Session, type SessionParts } from '../../gateway/session.ts';
 
+const LETS_IN = {
+  authenticate: async (userId: string) => ({ userId, expiresMs: null }),
+  mailboxes: { open: async () => ({ mailbox: {}, opened: { state: 'bound', start() {} } }), close() {} },
+};
+
 test('a cancel that waits in line is carried out when the client leaves; what else waits is not', async () => {
   const called: string[] = [];
   let answer = (_: null) => {};
@@ -11,8 +16,7 @@ test('a cancel that waits in line is carried out when the client leaves; what el
     answer = resolve;
   });
   const parts = {
-    authenticate: async (userId: string) => ({ userId, expiresMs: null }),
-    mailboxes: { open: async () => ({ mailbox: {}, opened: { state: 'bound', start() {} } }), close() {} },
+    ...LETS_IN,
     people: { handle: () => slow },
     store: {
       cancel: async (user: string, messageId: string) => {
@@ -43,8 +47,7 @@ test('the span of a question whose client leaves before it is let in is ended', 
   const outcomes: string[] = [];
   const subscription = { state: 'held', messageId: 'm1' };
   const parts = {
-    authenticate: async (userId: string) => ({ userId, expiresMs: null }),
-    mailboxes: { open: async () => ({ mailbox: {}, opened: { state: 'bound', start() {} } }), close() {} },
+    ...LETS_IN,
     delivery: {
       hold: () => subscription,
       release() {},
@@ -101,8 +104,7 @@ test('a long frame that is refused again and again counts as many', async () => 
   let closed = 0;
   let isAbove = false;
   const parts = {
-    authenticate: async (userId: string) => ({ userId, expiresMs: null }),
-    mailboxes: { open: async () => ({ mailbox: {}, opened: { state: 'bound', start() {} } }) },
+    ...LETS_IN,
     rates: { take: () => (isAbove ? 100 : 0) },
     metrics: { rateLimited: { inc() {} } },
   } as unknown as SessionParts;
