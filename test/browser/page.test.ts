@@ -617,6 +617,7 @@ test('a question above the limit of the gateway stays in the field, and the hist
   await ask(page, 'What is 6 * 7?');
   await waitForStatus(page, 'done');
   assert.match(await lastAnswer(page), /42/);
+  await page.context().close(); // before its gateway: else it complains of a server that is gone
   await gateway.kill();
 });
 
@@ -642,6 +643,7 @@ test('a question that was asked before the gateway named its limit: it says so, 
   await ask(page, 'What is 6 * 7?');
   await waitForStatus(page, 'done');
   assert.match(await lastAnswer(page), /42/);
+  await page.context().close(); // before its gateway: else it complains of a server that is gone
   await gateway.kill();
 });
 
