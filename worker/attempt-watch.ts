@@ -4,58 +4,61 @@ import type { WorkerMetrics } from './metrics.ts';
 import type { Outcome } from './run-request.ts';
 
 /** What metrics and traces learn of one attempt: a handful of calls for each, none for a token. */
-export interface AttemptWatch {
-  /** The trace context for the model; '' while traces are off. */
-  readonly trace: string;
-  /** @param parent the trace context of the request */
-  begun(attempt: number, parent: string): void;
-  firstText(): void;
-  fenced(): void;
-  mended(): void;
-  deadLetter(): void;
-  ended(outcome: Outcome | 'left'): void;
-}
+export class AttemptWatch {
+  private readonly request: QueuedRequest;
+  private readonly parts: { metrics: WorkerMetrics; tracing: Tracing | null; worker: string };
+  private readonly startedMs = performance.now();
+  private span: Span | undefined;
 
-export function watchAttempt(
-  request: QueuedRequest,
-  { metrics, tracing, worker }: { metrics: WorkerMetrics; tracing: Tracing | null; worker: string },
-): AttemptWatch {
-  const started = performance.now();
-  const seconds = () => (performance.now() - started) / 1000;
-  let span: Span | undefined;
-  return {
-    get trace() {
-      return span?.context ?? '';
-    },
-    begun(attempt, parent) {
-      span ??= tracing?.start('generate', parent, {
-        'rivulet.user': request.user,
-        'rivulet.message_id': request.messageId,
-        'rivulet.node': request.node,
-        'rivulet.worker': worker,
-      });
-      span?.set({ 'rivulet.attempt': attempt });
-    },
-    firstText() {
-      metrics.modelFirstToken.observe(seconds());
-      span?.event('first text');
-    },
-    fenced() {
-      metrics.fenced.inc();
-      span?.event('fenced');
-    },
-    mended() {
-      metrics.mended.inc();
-      span?.event('log compared');
-    },
-    deadLetter() {
-      metrics.deadLetters.inc();
-    },
-    ended(outcome) {
-      if (outcome !== 'left') metrics.attempts.inc({ outcome });
-      metrics.attemptTime.observe(seconds());
-      span?.set({ 'rivulet.outcome': outcome });
-      span?.end(outcome === 'failed' || outcome === 'retry' || outcome === 'left' ? outcome : undefined);
-    },
-  };
+  constructor(request: QueuedRequest, parts: AttemptWatch['parts']) {
+    this.request = request;
+    this.parts = parts;
+  }
+
+  private get seconds(): number {
+    return (performance.now() - this.startedMs) / 1000;
+  }
+
+  /** The trace context for the model; '' while traces are off. */
+  get trace(): string {
+    return this.span?.context ?? '';
+  }
+
+  /** @param parent the trace context of the request */
+  begun(attempt: number, parent: string): void {
+    this.span ??= this.parts.tracing?.start('generate', parent, {
+      'rivulet.user': this.request.user,
+      'rivulet.message_id': this.request.messageId,
+      'rivulet.node': this.request.node,
+      'rivulet.worker': this.parts.worker,
+    });
+    this.span?.set({ 'rivulet.attempt': attempt });
+  }
+
+  firstText(): void {
+    this.parts.metrics.modelFirstToken.observe(this.seconds);
+    this.span?.event('first text');
+  }
+
+  fenced(): void {
+    this.parts.metrics.fenced.inc();
+    this.span?.event('fenced');
+  }
+
+  mended(): void {
+    this.parts.metrics.mended.inc();
+    this.span?.event('log compared');
+  }
+
+  deadLetter(): void {
+    this.parts.metrics.deadLetters.inc();
+  }
+
+  ended(outcome: Outcome | 'left'): void {
+    const { metrics } = this.parts;
+    if (outcome !== 'left') metrics.attempts.inc({ outcome });
+    metrics.attemptTime.observe(this.seconds);
+    this.span?.set({ 'rivulet.outcome': outcome });
+    this.span?.end(outcome === 'failed' || outcome === 'retry' || outcome === 'left' ? outcome : undefined);
+  }
 }

@@ -11,6 +11,8 @@ import type { AttemptWatch } from './attempt-watch.ts';
 import type { WorkerConfig } from './config.ts';
 import type { FinishedLogs } from './finished-logs.ts';
 import type { Handler, HandlerResult } from './handler.ts';
+import { LazyAbort } from './lazy-abort.ts';
+import { RunContext } from './run-context.ts';
 
 /**
  * One request, from begin to its end: done, failed, handed to a retry, or lost to another worker. Never throws;
@@ -76,7 +78,7 @@ class Released extends Error {}
 type Misjudged = 'stale' | 'twin';
 
 export function runRequest(request: QueuedRequest, parts: RequestParts): RunningRequest {
-  let controller = new AbortController();
+  let abort = new LazyAbort();
   const watch = parts.watch(request);
   let timedOut = false;
   let leaving = false;
@@ -94,15 +96,15 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
     attempt: 0,
     lose() {
       running.writer?.setFenced();
-      controller.abort(new Error('the attempt was replaced'));
+      abort.abort(new Error('the attempt was replaced'));
     },
     release() {
       leaving = true;
-      controller.abort(new Released('the worker is leaving'));
+      abort.abort(new Released('the worker is leaving'));
     },
     expire() {
       timedOut = true; // nobody waits that long twice: no retry
-      controller.abort(
+      abort.abort(
         new RivuletError(
           'model_timeout',
           `No complete answer within ${parts.config.GENERATION_TIMEOUT_MS} ms.`,
@@ -139,7 +141,7 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
       } else if (outcome === 'twin') await queue.takeOver(request, worker);
       else return outcome;
       logger().info({ outcome }, 'not the attempt that it seemed; asking what it is');
-      controller = new AbortController();
+      abort = new LazyAbort();
       if (leaving) running.release();
     }
   }
@@ -211,7 +213,7 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
       logger,
       onFenced() {
         if (!writer.stale) watch.fenced();
-        controller.abort(new Error('the attempt was replaced'));
+        abort.abort(new Error('the attempt was replaced'));
       },
       onMended: () => watch.mended(),
       isLeaving: () => leaving,
@@ -230,7 +232,7 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
       result = await generate(writer, begun.attempt, payload);
     } catch (error) {
       if (writer.fenced) return lost();
-      if (controller.signal.reason instanceof Released) return release();
+      if (abort.reason instanceof Released) return release();
       const failure = toFailure(error);
       if (!failure.temporary || timedOut) return fail(failure, tries);
       if (tries < config.MAX_ATTEMPTS) return retry(failure);
@@ -350,15 +352,7 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
       partial = await store.readText(request.user, request.messageId, before).catch(() => ''); // it can do without
     const generator = parts.handler(
       { ...payload, userId: request.user, messageId: request.messageId },
-      {
-        signal: controller.signal,
-        attempt,
-        partial,
-        trace: watch.trace,
-        get log() {
-          return logger();
-        },
-      },
+      new RunContext(abort, logger, { attempt, partial, trace: watch.trace }),
     );
     if (typeof generator?.next !== 'function') {
       Promise.resolve(generator).catch(() => {}); // an async function: nobody else waits for it
@@ -399,16 +393,16 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
         // A handler that does not watch its signal must not hold a place: it is left behind.
         const leave = () => {
           left = true;
-          reject(controller.signal.reason);
+          reject(abort.reason);
         };
-        if (controller.signal.aborted) leave();
-        else controller.signal.addEventListener('abort', leave, { once: true });
+        if (abort.aborted) leave();
+        else abort.onAbort = leave;
         pump().then(resolve, reject);
       });
     } finally {
       left = true;
       if (!complete) {
-        if (!controller.signal.aborted) controller.abort(new Error('ended'));
+        if (!abort.aborted) abort.abort(new Error('ended'));
         // A plain iterator may have no `return`, and one that is not async returns no promise.
         void Promise.resolve()
           .then(() => generator.return?.(undefined))

@@ -10,7 +10,7 @@ import { createRedis, type RedisConnection } from '../shared/redis.ts';
 import { createRequestQueue, type QueuedRequest } from '../shared/request-queue.ts';
 import { createTracing } from '../shared/tracing.ts';
 import { createAppender } from './appender.ts';
-import { watchAttempt } from './attempt-watch.ts';
+import { AttemptWatch } from './attempt-watch.ts';
 import type { WorkerConfig } from './config.ts';
 import { watchFinishedLogs } from './finished-logs.ts';
 import type { Handler } from './handler.ts';
@@ -119,7 +119,7 @@ export async function startWorker(config: WorkerConfig, handler: Handler, log: L
       appender,
       log,
       finishedLogs,
-      watch: (watched) => watchAttempt(watched, { metrics, tracing, worker }),
+      watch: (watched) => new AttemptWatch(watched, { metrics, tracing, worker }),
       onOutcome(outcome) {
         if (outcome === 'done') done++;
         if (outcome === 'failed') failed++;

@@ -1,6 +1,8 @@
 import { setImmediate as nextTurn } from 'node:timers/promises';
 import type { Handler, HandlerContext, HandlerRequest, HandlerResult } from '../../worker/handler.ts';
+import { LazyAbort } from '../../worker/lazy-abort.ts';
 import { demoHandler } from '../../worker/models/demo.ts';
+import { RunContext } from '../../worker/run-context.ts';
 
 /**
  * The model of every system in the bench: the product's demo model, so that all deliver the same words at the same
@@ -32,7 +34,7 @@ export async function generate(
   request: { userId: string; messageId: string; contents: string; parameters: Record<string, unknown> },
   emit: (text: string) => void,
 ): Promise<void> {
-  const context = { signal: new AbortController().signal, attempt: 1, partial: '', log };
+  const context = new RunContext(new LazyAbort(), () => log, { attempt: 1, partial: '', trace: '' });
   for await (const text of benchModel(request, context)) emit(text);
 }
 

@@ -161,8 +161,11 @@ test('abort ends a full-speed script, and a natural answer', async () => {
   for (const parameters of [{ tokens: 1_000_000, intervalMs: 0 }, undefined]) {
     const answer = callHandler(demoHandler, { parameters });
     await answer.next();
-    answer.abort();
-    await assert.rejects(answer.next());
+    const reason = new Error('stop');
+    answer.abort(reason);
+    const { pieces, error } = await answer.failure();
+    assert.equal(error, reason);
+    assert.ok(pieces.length <= (parameters ? 256 : 0), `${pieces.length} more`);
     assert.equal(answer.listeners(), 0);
   }
 });

@@ -42,6 +42,8 @@ const SCRIPT_FIELDS = Object.keys(scriptSchema.shape);
 
 /** How many words of a full-speed script go out before other work gets a turn: under 0.1 ms of it. */
 const WORDS_PER_TURN = 64;
+/** And how many before it looks whether it is still wanted: its signal costs as much as forty words. */
+const WORDS_PER_LOOK = 4 * WORDS_PER_TURN;
 
 function runScript({ contents, parameters }: HandlerRequest, context: HandlerContext): ReturnType<Handler> {
   const parsed = scriptSchema.safeParse(parameters);
@@ -51,7 +53,7 @@ function runScript({ contents, parameters }: HandlerRequest, context: HandlerCon
   const fails = attempt <= failAttempts;
   const count = fails ? Math.floor(tokens / 2) : tokens;
   const nextWord = wordsFor(contents, seed);
-  return new Recital(context.signal, {
+  return new Recital(context, {
     count,
     word: (index) => nextWord(index === 0 ? WORDS : SPACED_WORDS),
     waitMs: (index) => (index === 0 ? firstTokenMs : intervalMs),
@@ -93,8 +95,10 @@ interface Text {
  * moment catches up, and its answers do not fall into step with each other. Calls of `next` must not overlap.
  */
 class Recital implements AsyncGenerator<string, HandlerResult, undefined>, Waiter {
-  private readonly signal: AbortSignal;
+  private readonly context: HandlerContext;
   private readonly text: Text;
+  /** Asked for when there is something to wait for. */
+  private signal: AbortSignal | null = null;
   private index = 0;
   private ended = false;
   private dueMs = performance.now();
@@ -104,20 +108,20 @@ class Recital implements AsyncGenerator<string, HandlerResult, undefined>, Waite
     resolve(next: Spoken): void;
     reject(reason: unknown): void;
   } | null = null;
-  private readonly onAbort = () => this.stop(this.signal.reason);
+  private readonly onAbort = () => this.stop(this.signal!.reason);
 
-  constructor(signal: AbortSignal, text: Text) {
-    this.signal = signal;
+  constructor(context: HandlerContext, text: Text) {
+    this.context = context;
     this.text = text;
-    signal.addEventListener('abort', this.onAbort);
   }
 
   next(): Promise<Spoken> {
     const { index, text } = this;
     if (this.ended) return Promise.resolve(NOTHING_MORE);
-    // Only before the first word: later `onAbort` has ended it, and asking a signal costs as much as a word.
-    if (index === 0 ? this.signal.aborted : index === text.count) return this.leave();
+    if (index > 0 && index === text.count) return this.leave();
     const waitMs = text.waitMs(index);
+    const looks = waitMs > 0 || (index > 0 && index % WORDS_PER_LOOK === 0);
+    if (looks && !this.signal && this.isAborted()) return this.leave();
     if (waitMs > 0 || (index > 0 && index % WORDS_PER_TURN === 0))
       return new Promise((resolve, reject) => {
         this.waiting = { resolve, reject };
@@ -155,17 +159,24 @@ class Recital implements AsyncGenerator<string, HandlerResult, undefined>, Waite
     return { done: false, value: this.text.word(this.index++) };
   }
 
+  /** The first look whether it is still wanted; from then on `onAbort` ends it. */
+  private isAborted(): boolean {
+    this.signal = this.context.signal;
+    if (!this.signal.aborted) this.signal.addEventListener('abort', this.onAbort);
+    return this.signal.aborted;
+  }
+
   /** Aborted, or at its end. */
   private async leave(): Promise<Spoken> {
     this.stop(undefined);
-    this.signal.throwIfAborted();
+    this.signal?.throwIfAborted();
     return { done: true, value: this.text.end() };
   }
 
   /** Says no more; whoever waits hears the reason, or, without one, that it is over. */
   private stop(reason: unknown): void {
     this.ended = true;
-    this.signal.removeEventListener('abort', this.onAbort);
+    this.signal?.removeEventListener('abort', this.onAbort);
     if (this.slot) cancelWait(this.slot, this);
     this.slot = null;
     const { waiting } = this;
@@ -204,9 +215,9 @@ function wordsFor(contents: string, seed: number | string): (words: string[]) =>
 /** A brisk reader's pace, so that a page looks alive. */
 const WORD_MS = { least: 20, spread: 11 };
 
-function answerNaturally(request: HandlerRequest, { signal }: HandlerContext): ReturnType<Handler> {
+function answerNaturally(request: HandlerRequest, context: HandlerContext): ReturnType<Handler> {
   const words = composeDemoAnswer(request).match(/\s*\S+/g) ?? [];
-  return new Recital(signal, {
+  return new Recital(context, {
     count: words.length,
     word: (index) => words[index]!,
     // The first word goes out at once; the rest sway a little, the same way each time.
