@@ -26,7 +26,8 @@ import type { Appender } from './appender.ts';
  * `COALESCE_MS`.
  *
  * A first attempt may be written before Redis was asked for it (`expect`): what opens it is what is written first, at the
- * end of the turn. An answer that is complete by then begins and ends in one step, and needs no log at all.
+ * end of the turn (where many begin, of the next one). An answer that is complete by then begins and ends in one step, and
+ * needs no log at all.
  *
  * States: (expected →) open → (an append failed) mending → open | fenced; open → ended. An expected one may turn out to
  * be stale: Redis says that it is no first attempt, and has written nothing of it. A refusal is read, not guessed: mending

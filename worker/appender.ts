@@ -28,7 +28,11 @@ export interface Appender {
   readonly tokens: number;
 }
 
-/** First frames of so many answers are published as their logs are made; more in one turn share an entry, a round trip later. */
+/**
+ * First frames of so many answers are published as their logs are made; more in one turn share an entry, a round trip
+ * later. And where more than these begin in a turn, they wait for the next one: an answer that is complete by then begins
+ * and ends in one step, and never has a log. Under load that is no later for anybody.
+ */
 const MOST_PUBLISHED = 4;
 /** Answers whose appends travel together: what a turn has for more of them is published in parts, as Redis has them. */
 const BATCH = 64;
@@ -60,6 +64,8 @@ export function createAppender({
   store: GenerationStore;
 }): Appender {
   let dirty: AnswerWriter[] = [];
+  /** What came in this turn for answers that have not begun. */
+  let fresh: AnswerWriter[] = [];
   let outgoing = new Map<string, ReplyLines[]>();
   let scheduled = false;
   let closed = false;
@@ -85,6 +91,11 @@ export function createAppender({
     const writers = dirty;
     outgoing = new Map();
     dirty = [];
+    if (fresh.length > MOST_PUBLISHED) {
+      dirty = fresh;
+      wake();
+    } else writers.push(...fresh);
+    fresh = [];
     let opening = 0;
     for (const writer of writers) if (!writer.hasLog) opening++;
     const publishes = !redis.isCluster && opening <= MOST_PUBLISHED;
@@ -215,7 +226,8 @@ export function createAppender({
 
   return {
     schedule(writer) {
-      dirty.push(writer);
+      if (writer.hasLog) dirty.push(writer);
+      else fresh.push(writer);
       wake();
     },
     publish(node, frame) {

@@ -42,6 +42,15 @@ after(() => stopServer());
 const unopened = new Map<string, AnswerWriter>();
 
 async function write(messageId: string, through = appender): Promise<AnswerWriter> {
+  const writer = await admit(messageId, through);
+  unopened.set(messageId, writer);
+  writer.expect('n1');
+  await writer.settled();
+  return writer;
+}
+
+/** Accepted, and about to begin. */
+async function admit(messageId: string, through = appender): Promise<AnswerWriter> {
   await store.admit({
     user,
     messageId,
@@ -52,7 +61,7 @@ async function write(messageId: string, through = appender): Promise<AnswerWrite
     queueLimit: 1_000,
   });
   const attempt = { user, messageId, attempt: 1, owner: 'w', node: 'n1', entry: '1-1' };
-  const writer = new AnswerWriter(attempt, {
+  return new AnswerWriter(attempt, {
     store,
     appender: through,
     logger: () => pino({ level: 'silent' }),
@@ -60,10 +69,6 @@ async function write(messageId: string, through = appender): Promise<AnswerWrite
     onMended() {},
     isLeaving: () => false,
   });
-  unopened.set(messageId, writer);
-  writer.expect('n1');
-  await writer.settled();
-  return writer;
 }
 
 /** Every frame of an answer that a node was sent, as `id text`, in order. */
@@ -160,6 +165,34 @@ test('what few answers say takes one step', async () => {
   await sayAll(writers, 'together');
   assert.equal(await calls('evalsha'), before + 1);
   assert.deepEqual(await published('n1', 'step-3'), ['1-0 ', '1-1 together']);
+});
+
+test('where many begin in a turn, one that is complete by the next has no log; few do not wait', async () => {
+  for (const count of [4, 40]) {
+    const names = Array.from({ length: count }, (_, index) => `brief-${count}-${index}`);
+    const writers = await Promise.all(names.map((name) => admit(name)));
+    for (const writer of writers) {
+      writer.expect('n1');
+      writer.push('first half,');
+    }
+    await new Promise(setImmediate); // the end of their turn
+    const ended = writers.map((writer) => {
+      writer.push(' second half');
+      return writer.finish({ type: 'done', finishReason: 'stop', length: writer.length });
+    });
+    for (const one of await Promise.all(ended)) assert.equal(one?.state, 'ended');
+    assert.equal(writers.filter((writer) => writer.hasLog).length, count === 4 ? 4 : 0);
+    await appender.flushed();
+    for (const name of names) {
+      const attached = await store.attach(user, name, 'n1', '');
+      assert.ok(attached.state === 'attached');
+      const text = attached.entries.map(({ frame }) => JSON.parse(frame).text ?? '').join('');
+      assert.equal(text, 'first half, second half');
+      const shown = await published('n1', name);
+      assert.equal(shown.map((frame) => frame.slice(frame.indexOf(' ') + 1)).join(''), text);
+      assert.equal(shown.length, count === 4 ? 4 : 3);
+    }
+  }
 });
 
 test('one that was replaced is fenced and shows nothing; the others of its step lose nothing', async () => {
