@@ -43,13 +43,16 @@ export interface DeskParts {
   tracing: Tracing | null;
 }
 
-/** Where an answer is written to: a request of a WebSocket, or an HTTP body. */
+/**
+ * Where an answer is written to: a request of a WebSocket, or an HTTP body. No getters: an object literal with getters has
+ * a hidden class of its own, which keeps all that they see until the next full collection.
+ */
 export interface Sink {
   chunk(chunk: Chunk): void;
   /** The answer has ended, and everything was written. */
   end(): void;
-  readonly open: boolean;
-  readonly slow: boolean;
+  isOpen(): boolean;
+  isSlow(): boolean;
 }
 
 /** One client that reads one answer. */
@@ -71,11 +74,11 @@ export class AiStream implements Follower {
   }
 
   get open(): boolean {
-    return this.sink.open && !this.ended;
+    return this.sink.isOpen() && !this.ended;
   }
 
   get slow(): boolean {
-    return this.sink.slow;
+    return this.sink.isSlow();
   }
 
   start(position: number | null): void {

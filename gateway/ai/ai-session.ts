@@ -300,12 +300,8 @@ export class AiSession implements Rated, AiGuest {
         this.send({ type: 'end', requestId: id });
         if (request.stream) this.ended(request, request.stream);
       },
-      get open() {
-        return connection.open;
-      },
-      get slow() {
-        return connection.slow;
-      },
+      isOpen: () => connection.open,
+      isSlow: () => connection.slow,
     };
   }
 

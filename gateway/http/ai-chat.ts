@@ -123,12 +123,8 @@ export function createAiChat(parts: AiChatParts): AiChat {
         hasEnded = true;
         if (http) finish();
       },
-      get open() {
-        return http ? http.open : true;
-      },
-      get slow() {
-        return http?.slow ?? false;
-      },
+      isOpen: () => http?.open ?? true,
+      isSlow: () => http?.slow ?? false,
     };
     function finish(): void {
       if (!http?.open) return;
