@@ -73,12 +73,12 @@ export async function startGateway(config: GatewayConfig, log: Logger): Promise<
     const metrics = createGatewayMetrics({
       connections: () => server?.connections.size ?? 0,
       followed: () => delivery.size,
-      /** All queues, told by one gateway at a time, or every number would come once from each. */
-      async queues() {
-        if (!redis.isReady()) return [];
+      /** Told by one gateway at a time, or every number would come once from each. */
+      async pipeline() {
+        if (!redis.isReady()) return null;
         const [nodes, now] = await Promise.all([registry.nodes(), readServerTime(redis.client)]);
         const first = nodes.find(({ until }) => until > now);
-        return first?.node === node ? (await lookAtPipeline()).nodes : [];
+        return first?.node === node ? lookAtPipeline() : null;
       },
     });
     const redis = createRedis({

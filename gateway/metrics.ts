@@ -1,18 +1,36 @@
 import { setTimeout as delay } from 'node:timers/promises';
 import { Counter, createMetricsRegistry, Gauge, Histogram } from '../shared/metrics.ts';
-import type { NodeView } from '../shared/pipeline.ts';
+import type { NodeView, WorkerView } from '../shared/pipeline.ts';
 
-/** How long Redis may take to tell the queues: an outage must not cost a scrape all other numbers. */
-const QUEUES_MS = 1_000;
+/** How long Redis may take to tell queues and workers: an outage must not cost a scrape all other numbers. */
+const PIPELINE_MS = 1_000;
+
+/** What all gateways see alike: queues and workers. */
+export interface SharedNumbers {
+  nodes: Pick<NodeView, 'node' | 'waiting' | 'running' | 'retries' | 'dead'>[];
+  workers: Pick<WorkerView, 'alive'>[];
+}
 
 /** What a gateway counts. Names follow the Prometheus conventions; `infra/grafana` reads them. */
 export function createGatewayMetrics(facts: {
   connections: () => number;
   followed: () => number;
-  queues: () => Promise<Pick<NodeView, 'node' | 'waiting' | 'running' | 'retries' | 'dead'>[]>;
+  /** Null where another gateway tells them. */
+  pipeline: () => Promise<SharedNumbers | null>;
 }) {
   const registry = createMetricsRegistry();
   const registers = [registry];
+  let look: Promise<SharedNumbers | null> | null = null;
+  /** One look for all gauges of a scrape, which are collected at once. */
+  function lookAtPipeline(): Promise<SharedNumbers | null> {
+    look ??= Promise.race([
+      facts.pipeline().catch(() => null),
+      delay(PIPELINE_MS, null, { ref: false }),
+    ]).finally(() => {
+      look = null;
+    });
+    return look;
+  }
   new Gauge({
     name: 'rivulet_connections',
     help: 'Open WebSocket connections.',
@@ -35,17 +53,25 @@ export function createGatewayMetrics(facts: {
     labelNames: ['node', 'state'] as const,
     registers,
     async collect() {
-      const queues = await Promise.race([
-        facts.queues().catch(() => null),
-        delay(QUEUES_MS, null, { ref: false }),
-      ]);
+      const pipeline = await lookAtPipeline();
       this.reset();
-      for (const { node, waiting, running, retries, dead } of queues ?? []) {
+      for (const { node, waiting, running, retries, dead } of pipeline?.nodes ?? []) {
         this.set({ node, state: 'waiting' }, waiting);
         this.set({ node, state: 'running' }, running);
         this.set({ node, state: 'retry' }, retries);
         this.set({ node, state: 'dead' }, dead);
       }
+    },
+  });
+  new Gauge({
+    name: 'rivulet_workers',
+    help: 'Workers that beat, whether they are scraped or not; told by the first live gateway for all.',
+    registers,
+    async collect() {
+      const pipeline = await lookAtPipeline();
+      // No number is not zero, which is an alarm.
+      if (pipeline) this.set(pipeline.workers.filter(({ alive }) => alive).length);
+      else this.remove();
     },
   });
   return {

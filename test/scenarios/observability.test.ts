@@ -73,6 +73,9 @@ test('every metric that a panel or an alert names is scraped from a running stac
   assert.ok(queue(one).includes('rivulet_queue_requests{node="n1",state="running"} 1'));
   assert.ok(queue(one).includes('rivulet_queue_requests{node="n1",state="dead"} 1'));
 
+  assert.match(one, /^rivulet_workers 1$/m);
+  assert.doesNotMatch(two, /^rivulet_workers /m);
+
   assert.equal((await fetch(`${worker}/healthz`)).status, 200);
   assert.equal((await fetch(`${worker}/readyz`)).status, 200);
   assert.equal((await fetch(`${worker}/else`)).status, 404);
@@ -109,6 +112,23 @@ test('every metric that a panel or an alert names is scraped from a running stac
       `${alert}: the runbook has no "${section}"`,
     );
   }
+});
+
+test('all workers dead with requests in their hands: what is open counts on, and no worker does', async (t) => {
+  const stack = await startStack(t, { workers: 1 });
+  const client = await stack.client(20001);
+  client.send({
+    type: 'chat',
+    messageId: 'slow',
+    contents: 'x',
+    parameters: { tokens: 900, intervalMs: 50, seed: 1 },
+  });
+  await client.next('token', 'slow');
+  await stack.workers[0]!.kill('SIGKILL');
+  const scrape = async () => (await fetch(`${stack.gateways[0]!.http}/metrics`)).text();
+  await eventually('no live worker', async () => /^rivulet_workers 0$/m.test(await scrape()));
+  // What NobodyWorks once took for work.
+  assert.match(await scrape(), /^rivulet_queue_requests\{node="n1",state="running"\} 1$/m);
 });
 
 /** For people who look closer. */
