@@ -52,6 +52,8 @@ let lastNode = '';
 /** What the gateway takes of one frame, as it said last. */
 let mostFrameBytes = Number.POSITIVE_INFINITY;
 let pipelineUrls = [];
+/** No load balancer before the gateways: their list named this page's own, which stays true when that one is gone. */
+let isDirect = false;
 let patience = 0;
 let unreadCount = 0;
 let showsAllConversations = false;
@@ -195,8 +197,10 @@ function showConnection(state, text) {
 
 /** Other gateways of the same installation, unless a load balancer stands before them. */
 function learnNodes(urls) {
-  const direct = urls.some((url) => sameHost(url, location.origin));
-  const next = direct ? urls : [];
+  isDirect ||= urls.some((url) => sameHost(url, location.origin));
+  // The one in use stays, whatever the list says of it: without it the client would go back to one that is gone.
+  const used = pipelineUrls.filter((url) => client && sameHost(url, client.url));
+  const next = isDirect ? [...new Set([...urls, ...used])] : [];
   if (next.join() === pipelineUrls.join()) return;
   pipelineUrls = next;
   client?.setUrls(gatewayUrls());

@@ -172,26 +172,59 @@ test('a killed gateway in the middle: the page moves to the other one', async (t
   await ask(page, 'What is 6 * 7?');
   await waitForStatus(page, 'done');
   assert.match(await lastAnswer(page), /42/, 'and life goes on there');
+  // Also when the killed one is no longer listed: then the list names none that the page was loaded from.
+  await page.waitForSelector(
+    '#nodes .card:has-text("doomed")[data-alive=false], #nodes:not(:has-text("doomed"))',
+  );
+  for (let polls = 0; polls < 3; polls++)
+    await page.waitForResponse(`${stack.gateways[0]!.http}/pipeline`, { timeout: 5_000 });
+  assert.equal(await page.textContent('#pipeline-live'), 'Live');
+});
+
+test('behind a load balancer: the gateways that it hides are never dialled, also when it is gone', async (t) => {
+  const doomed = await stack.addGateway({ node: 'hidden' });
+  const other = await listen(t);
+  const nodes = [
+    { node: 'hidden', alive: true, url: other.url, waiting: 0, running: 0, retries: 0, dead: 0 },
+  ];
+  const page = await openPage(t, {
+    gateway: doomed,
+    allow: /Failed to load|ERR_|WebSocket|CORS/,
+    prepare: async (blank) => {
+      const json = { time: Date.now(), nodes, workers: [] };
+      await blank.route(`${doomed.http}/pipeline`, (route) => route.fulfill({ json }));
+    },
+  });
+  await page.waitForSelector('#nodes .card');
+  await doomed.kill();
+  await page.locator('#banner', { hasText: 'cannot be reached' }).waitFor();
+  assert.equal(other.dialled(), 0);
 });
 
 test('a link cannot name a server: what it adds is never dialled, also when the own one is gone', async (t) => {
   const doomed = await stack.addGateway({ node: 'left' });
-  const stranger = new WebSocketServer({ port: 0, host: '127.0.0.1' });
-  await once(stranger, 'listening');
-  t.after(() => stranger.close());
-  let dialled = 0;
-  stranger.on('connection', (socket) => {
-    dialled++;
-    socket.close();
-  });
+  const stranger = await listen(t);
   const page = await openPage(t, { gateway: doomed, allow: /Failed to load|ERR_|WebSocket|CORS/ });
-  const { port } = stranger.address() as AddressInfo;
-  await page.goto(`${page.url()}&nodes=ws://127.0.0.1:${port}/ws`);
+  await page.goto(`${page.url()}&nodes=${stranger.url}`);
   await page.waitForSelector('#nodes .card:nth-child(2)');
   await doomed.kill();
   await page.waitForFunction(() => /n1/.test(document.getElementById('connection-text')?.textContent ?? ''));
-  assert.equal(dialled, 0);
+  assert.equal(stranger.dialled(), 0);
 });
+
+/** A server that a page has no business with. */
+async function listen(t: TestContext): Promise<{ url: string; dialled(): number }> {
+  const server = new WebSocketServer({ port: 0, host: '127.0.0.1' });
+  await once(server, 'listening');
+  t.after(() => server.close());
+  let dialled = 0;
+  server.on('connection', (socket) => {
+    dialled++;
+    socket.close();
+  });
+  const { port } = server.address() as AddressInfo;
+  return { url: `ws://127.0.0.1:${port}/ws`, dialled: () => dialled };
+}
 
 test('the stop button and Esc keep the partial text', async (t) => {
   const page = await openPage(t);
