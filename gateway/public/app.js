@@ -583,15 +583,17 @@ function buildTurn(turn) {
   const actions = element('div', 'turn-actions');
   answer.append(element('span', 'visually-hidden', 'Answer: '), body, state, actions);
   root.append(question, answer);
-  return { root, body, state, actions, markdown: createMarkdownView(body), shownText: null, shownKind: '' };
+  const markdown = createMarkdownView(body);
+  return { root, body, state, actions, markdown, shownText: null, shownOpen: true, shownKind: '' };
 }
 
 function drawTurn(view, turn) {
-  if (view.shownText !== turn.text) {
-    view.shownText = turn.text;
-    view.markdown.update(turn.text);
-  }
   const open = isOpen(turn);
+  if (view.shownText !== turn.text || view.shownOpen !== open) {
+    view.shownText = turn.text;
+    view.shownOpen = open;
+    view.markdown.update(turn.text, !open);
+  }
   view.root.dataset.status = turn.status;
   view.body.setAttribute('aria-busy', String(open));
   view.root.classList.toggle(

@@ -5,8 +5,12 @@ import MarkdownIt from './markdown-it.js';
  * elements of a short list. HTML and images are text, text only ever becomes text nodes, and links go to http and https
  * only: whatever a model writes is shown, never run. Each block finds its own direction; code is always left to right.
  *
- * While an answer streams, only its last block is read and built again: what comes later cannot change one before it.
+ * While an answer streams, only its last two blocks are read again: the last one may turn out to belong to the one
+ * before it (the `2` of a list becomes its second item with the dot that follows), and to none above. What does reach
+ * further, a link that is defined below its use, waits for the end: then the whole text is read once more.
  */
+const OPEN_BLOCKS = 2;
+
 const reader = new MarkdownIt({ linkify: true, breaks: true }).disable('image');
 reader.linkify.set({ fuzzyLink: false, fuzzyEmail: false });
 reader.validateLink = (url) => /^https?:\/\//i.test(url);
@@ -35,50 +39,74 @@ function pointTo(link, url) {
 
 /** Shows Markdown in `container`; `update` may be called with every new piece. */
 export function createMarkdownView(container) {
-  /** @type {{ from: number, source: string, node: Node }[]} */
-  let shown = [];
+  /** @type {{ source: string, links: string, node: Element }[]} */
+  const shown = [];
   let read = '';
-  let references = {}; // of links, as the reader keeps them
+  let settled = settleNothing();
+
+  /** An element stays where it would look the same: its text may be selected, its button pressed. */
+  function show(index, { source, links, tokens }) {
+    const old = shown[index];
+    if (old?.source === source && old.links === links) return;
+    const part = document.createDocumentFragment();
+    appendTokens(part, tokens);
+    const node = part.firstElementChild;
+    if (old) old.node.replaceWith(node);
+    else container.append(node);
+    shown[index] = { source, links, node };
+  }
+
   return {
-    update(text) {
+    /** `isWhole` where nothing follows any more. */
+    update(text, isWhole = false) {
       const whole = text.replace(/\r\n?/g, '\n');
-      const goesOn = whole.startsWith(read);
-      const kept = goesOn ? shown.slice(0, -1) : [];
-      const from = goesOn ? (shown.at(-1)?.from ?? 0) : 0;
-      if (!goesOn) references = {};
+      if (isWhole || !whole.startsWith(read)) settled = settleNothing();
       read = whole;
-      const blocks = readBlocks(whole, from, references);
-      let same = kept.length;
-      while (shown[same] && shown[same].source === blocks[same - kept.length]?.source) same++;
-      for (const old of shown.slice(same)) old.node.remove();
-      shown = shown.slice(0, same);
-      for (const { tokens, ...block } of blocks.slice(same - kept.length)) {
-        const part = document.createDocumentFragment();
-        appendTokens(part, tokens);
-        const node = part.firstElementChild;
-        container.append(node);
-        shown.push({ ...block, node });
-      }
+      const blocks = readBlocks(whole, settled);
+      for (const [index, block] of blocks.entries()) show(settled.count + index, block);
+      for (const old of shown.splice(settled.count + blocks.length)) old.node.remove();
+      if (!isWhole) settled = settle(whole, settled, blocks);
     },
   };
 }
 
-/** The blocks from an offset on: where each begins, its source, its tokens. */
-function readBlocks(text, offset, references) {
+/** What later text cannot change: how many blocks, where they end, and the links that they define. */
+function settleNothing() {
+  return { count: 0, end: 0, references: {} };
+}
+
+function settle(text, { count, end, references }, blocks) {
+  const more = blocks.length - OPEN_BLOCKS;
+  if (more <= 0) return { count, end, references };
+  const { from } = blocks[more];
+  const source = text.slice(end, from);
+  // Read alone, for its definitions only: one at the end of the text may still grow, and the first one counts.
+  if (source.includes(']:')) reader.parse(source, { references });
+  return { count: count + more, end: from, references };
+}
+
+/** The blocks below the settled ones: where each begins, its source, where its links go, its tokens. */
+function readBlocks(text, { end: offset, references }) {
   const rest = text.slice(offset);
   const starts = [0]; // of lines
   for (let at = rest.indexOf('\n'); at >= 0; at = rest.indexOf('\n', at + 1)) starts.push(at + 1);
   const blocks = [];
   let tokens = [];
-  for (const token of reader.parse(rest, references)) {
+  for (const token of reader.parse(rest, { references: { ...references } })) {
     tokens.push(token);
     if (token.level > 0 || token.nesting > 0) continue;
     const [first, end] = tokens[0].map;
-    const from = offset + starts[first];
-    blocks.push({ from, source: rest.slice(starts[first], starts[end]), tokens });
+    const source = rest.slice(starts[first], starts[end]);
+    blocks.push({ from: offset + starts[first], source, links: listLinks(tokens), tokens });
     tokens = [];
   }
   return blocks;
+}
+
+/** The addresses in their places: all of a block that its own source does not tell. */
+function listLinks(tokens) {
+  const parts = tokens.flatMap(({ children }) => children ?? []);
+  return parts.map((part) => part.attrGet('href') ?? '').join(' ');
 }
 
 function appendTokens(parent, tokens) {

@@ -355,6 +355,68 @@ test('Markdown: blocks are built once, and hostile sizes stay quick', async (t) 
   assert.ok(result.ms < 5_000, `${Math.round(result.ms)} ms`);
 });
 
+test('Markdown: what streamed looks like what is read at once, and blocks far above stay', async (t) => {
+  const page = await openPage(t);
+  const texts = [
+    ['[1]: https://exa', 'mple.com/page\n\n[the page][1]'],
+    ['[the page][1]\n\none\n\ntwo\n\nthree\n\n', '[1]: https://exa', 'mple.com/page'],
+    ['1. a\n\n2', '.', ' b\n\n3', '. c'],
+    ['[1]: https://a.example\n\none\n\ntwo\n\nthree\n\n', '[1]: https://b.example\n\n[x][1]'],
+  ];
+  const shown = await page.evaluate(async (list) => {
+    const path = '/markdown.js';
+    const { createMarkdownView } = await import(path);
+    return list.map((pieces) => {
+      const [box, whole] = [document.createElement('div'), document.createElement('div')];
+      const view = createMarkdownView(box);
+      for (const end of pieces.keys()) view.update(pieces.slice(0, end + 1).join(''));
+      const [streamed, first] = [box.innerHTML, box.firstElementChild];
+      view.update(pieces.join(''), true);
+      createMarkdownView(whole).update(pieces.join(''), true);
+      return {
+        streamed: streamed === whole.innerHTML,
+        ended: box.innerHTML === whole.innerHTML,
+        kept: box.firstElementChild === first,
+        links: Array.from(box.querySelectorAll('a'), (link) => link.href),
+        lists: box.querySelectorAll('ol').length,
+      };
+    });
+  }, texts);
+  const like = { streamed: true, ended: true, kept: true, links: [] as string[], lists: 0 };
+  assert.deepEqual(shown, [
+    { ...like, links: ['https://example.com/page'] },
+    // A definition that far below its use waits for the end.
+    { ...like, streamed: false, kept: false, links: ['https://example.com/page'] },
+    { ...like, lists: 1 },
+    { ...like, links: ['https://a.example/'] },
+  ]);
+});
+
+test('an answer whose links are defined at its end has them once it is over', async (t) => {
+  let say = (_frame: object) => {};
+  const page = await openPage(t, {
+    prepare: (blank) =>
+      blank.routeWebSocket(/\/ws/, (socket) => {
+        const server = socket.connectToServer();
+        socket.onMessage((data) => {
+          const { type, messageId } = JSON.parse(String(data)) as { type: string; messageId: string };
+          if (type !== 'chat') return server.send(data);
+          say = (frame) => socket.send(JSON.stringify({ messageId, ...frame }));
+          say({ type: 'accepted', position: 0, duplicate: false });
+          say({ type: 'start', id: '1-0', attempt: 1 });
+          say({ type: 'token', id: '1-1', text: above });
+        });
+      }),
+  });
+  const above = '[the page][1]\n\none\n\ntwo\n\nthree\n\n';
+  const below = '[1]: https://example.com/page';
+  await ask(page, 'Where is it?');
+  await waitForText(page, 10);
+  say({ type: 'token', id: '1-2', text: below });
+  say({ type: 'done', id: '1-3', finishReason: 'stop', length: above.length + below.length });
+  await page.locator('.prose a[href="https://example.com/page"]', { hasText: /^the page$/ }).waitFor();
+});
+
 test('Markdown: a fence names its language, and backticks after backticks are inline code', async (t) => {
   const page = await openPage(t);
   const texts = [
