@@ -97,7 +97,8 @@ export type Begun =
       state: 'run' | 'exhausted';
       attempt: number;
       tries: number;
-      payload: ChatPayload;
+      /** JSON of a `ChatPayload`. */
+      payload: string;
       routes: string[];
       /** The id in the log before this attempt's `start`, or empty. */
       before: string;
@@ -364,7 +365,7 @@ export function createGenerationStore({
             state: reply[0],
             attempt: reply[1],
             tries: reply[2],
-            payload: JSON.parse(reply[3] || '{"contents":""}') as ChatPayload,
+            payload: reply[3] || '{"contents":""}',
             routes: splitRoutes(reply[4]),
             before: reply[5],
             trace: reply[6],
@@ -541,7 +542,7 @@ export function createGenerationStore({
       return redis.scriptCommand(
         'beat',
         [keys.generation(attempt.user, attempt.messageId)],
-        [attempt.attempt, attempt.owner],
+        [attempt.attempt, attempt.owner, OPEN_RECORD_MS],
       );
     },
 

@@ -1,3 +1,4 @@
+import { inspect } from 'node:util';
 import type { Logger } from 'pino';
 import { backoffMs } from '../shared/backoff.ts';
 import { RivuletError } from '../shared/errors.ts';
@@ -28,6 +29,7 @@ const MAX_RETRY_MS = 600_000; // the most that a Retry-After is obeyed
 const MAX_BACKOFF_MS = 60_000;
 const PARTIAL_ATTEMPTS = 5; // that are asked for a partial answer, the last one first
 const WHOLE_UNITS = 65_536; // of one piece: a longer one is cut where the answer reaches its bound
+const SHORT = { depth: 1, breakLength: Number.POSITIVE_INFINITY };
 const MAX_REASON = 500; // characters of why it failed
 const TURN_TOKENS = 256; // a model that never waits gives the event loop a turn after so many tokens
 
@@ -148,9 +150,8 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
 
   /** Runs it as the first attempt that it is likely to be. */
   async function expect(): Promise<Outcome | Misjudged> {
-    const payload = JSON.parse(request.payload) as ChatPayload;
-    const owner = nextOwner();
-    return run({ attempt: 1, tries: 1, payload, trace: request.trace, owner }, (writer) =>
+    const { payload, trace } = request;
+    return run({ attempt: 1, tries: 1, payload, trace, owner: nextOwner() }, (writer) =>
       writer.expect(request.node),
     );
   }
@@ -196,7 +197,7 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
     open: (writer: AnswerWriter) => void,
   ): Promise<Outcome | Misjudged> {
     const { store, queue, worker, config } = parts;
-    const { payload, tries } = begun;
+    const { payload, tries } = begun; // as it came: a handler may change what it is given
     const attempt: Attempt = {
       user: request.user,
       messageId: request.messageId,
@@ -229,7 +230,7 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
 
     let result: HandlerResult | undefined;
     try {
-      result = await generate(writer, begun.attempt, payload);
+      result = await generate(writer, begun.attempt, JSON.parse(payload) as ChatPayload);
     } catch (error) {
       if (writer.fenced) return lost();
       if (abort.reason instanceof Released) return release();
@@ -270,7 +271,8 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
     async function retry(failure: RivuletError): Promise<Outcome | Misjudged> {
       if (!(await writer.release(true))) return lost();
       const backoff = backoffMs(tries, config.RETRY_BASE_MS, MAX_BACKOFF_MS);
-      const delayMs = Math.min(MAX_RETRY_MS, Math.max(backoff, failure.retryAfterMs ?? 0));
+      const asked = Number.isFinite(failure.retryAfterMs) ? failure.retryAfterMs! : 0; // a handler may have computed NaN
+      const delayMs = Math.min(MAX_RETRY_MS, Math.max(backoff, asked));
       await queue.retryLater(request, worker, delayMs);
       logger().warn(
         { attempt: attempt.attempt, code: failure.code, err: describeFailure(failure), delayMs },
@@ -294,9 +296,10 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
           lastAttempt: attempt.attempt,
           code: failure.code,
           reason: describeFailure(failure),
-          payload: JSON.stringify(payload),
+          payload,
         });
-        if (written) watch.deadLetter();
+        if (!written) return lost(); // whoever has the request now writes both
+        watch.deadLetter();
       }
       const finished = await writer.finish(terminal);
       if (!finished) return lost();
@@ -424,8 +427,19 @@ function toFailure(error: unknown): RivuletError {
 /** The whole reason, for logs and dead letters. */
 function describeFailure({ message, cause }: RivuletError): string {
   const inner = cause instanceof RivuletError ? cause.cause : cause;
-  if (inner === undefined) return message.slice(0, MAX_REASON);
-  return `${message} ${inner instanceof Error ? inner.message : String(inner)}`.slice(0, MAX_REASON);
+  return (inner === undefined ? message : `${message} ${describeThrown(inner)}`).slice(0, MAX_REASON);
+}
+
+/** Anything may be thrown. Never throws itself: an answer that cannot be failed would hang. */
+function describeThrown(thrown: unknown): string {
+  try {
+    if (!(thrown instanceof Error)) return typeof thrown === 'string' ? thrown : inspect(thrown, SHORT);
+    const { message, cause } = thrown as Error & { cause?: { message?: unknown; code?: unknown } };
+    const reason = cause?.message || cause?.code; // `fetch failed` says nothing without it
+    return reason ? `${message}: ${reason}` : `${message}`;
+  } catch {
+    return 'What was thrown cannot be described.';
+  }
 }
 
 /** What a handler returned, without what is not of its type. */

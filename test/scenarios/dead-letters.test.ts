@@ -148,3 +148,22 @@ test('dead letters: listed, shown, replayed under the same message id, twice wit
   );
   assert.equal(await dead('drop', '--all'), '1 dropped');
 });
+
+test('a request that nobody holds for the moment gets its letter from whoever is given it, not none', async (t) => {
+  const stack = await startStack(t, { workerEnv: { MAX_ATTEMPTS: '1', WORKER_CONCURRENCY: '1' } });
+  const chat = await stack.client(20001);
+  const parameters = { tokens: 4, intervalMs: 300, failAttempts: 1 };
+  chat.send({ type: 'chat', messageId: 'm1', contents: 'hi', parameters });
+  await chat.next('token', 'm1');
+  // As after a failover that knew of the request, and not yet that it was given to somebody.
+  const requests = stack.keys.requests('n1');
+  const [[entry]] = (await stack.look.client.xrange(requests, '-', '+')) as [[string, string[]]];
+  await stack.look.client
+    .multi()
+    .xack(requests, 'workers', entry)
+    .xgroup('SETID', requests, 'workers', '0')
+    .exec();
+  const { end } = await chat.answer('m1');
+  assert.equal((end as { code: string }).code, 'attempts_exhausted');
+  assert.equal(await stack.look.client.xlen(stack.keys.dead('n1')), 1);
+});

@@ -14,6 +14,17 @@ const BODIES: Record<string, string> = {
   forgotten: `return (async () => { throw new Error('the star was forgotten'); })();`,
   odd: `return (async function* () { yield 'x'; return { finishReason: 5, usage: { promptTokens: -1 } }; })();`,
   endless: `return (async function* () { for (;;) yield 'é'.repeat(300_000); })();`,
+  changed: `request.history.push({ role: 'user', content: request.contents }, 1n); throw { status: 500, why: 'quota' };`,
+  nameless: `throw Object.create(null);`,
+  fetched: `return (async function* () { throw new TypeError('fetch failed', { cause: { code: 'ECONNREFUSED' } }); })();`,
+  dated: `return (async function* () {
+    throw new RivuletError('model_error', 'busy', { temporary: true, retryAfterMs: Number('Sun, 29 Nov') });
+  })();`,
+  context: `return (async function* () {
+    context.signal = AbortSignal.any([context.signal, AbortSignal.timeout(60_000)]);
+    const derived = Object.create(context);
+    yield [context.signal.aborted, derived.signal === context.signal, typeof derived.log.info].join();
+  })();`,
   iterator: `const words = ['a', 'b']; return { next: () => words.length ? { value: words.shift() } : { done: true } };`,
 };
 
@@ -25,7 +36,8 @@ before(async (t) => {
   const cases = Object.entries(BODIES).map(([name, body]) => `case '${name}': { ${body} }`);
   writeFileSync(
     HANDLER,
-    `export default (request) => { switch (request.contents) { ${cases.join('\n')} } };`,
+    `import { RivuletError } from ${JSON.stringify(new URL('../../shared/errors.ts', import.meta.url))};
+    export default (request, context) => { switch (request.contents) { ${cases.join('\n')} } };`,
   );
   stack = await startStack(t as never, {
     workers: 1,
@@ -34,9 +46,9 @@ before(async (t) => {
 });
 after(() => rmSync(dir, { recursive: true, force: true }));
 
-async function ask(contents: string) {
+async function ask(contents: string, history?: { role: 'user'; content: string }[]) {
   const client = await stack.client(20001);
-  client.send({ type: 'chat', messageId: contents, contents });
+  client.send({ type: 'chat', messageId: contents, contents, history });
   const { text, end } = await client.answer(contents);
   return {
     text,
@@ -54,6 +66,34 @@ test('what an error says is for operators: users are told that the model failed'
   );
   const [letter] = await stack.look.client.xrange(stack.keys.dead('n1'), '-', '+');
   assert.match(letter![1].join(' '), /secret@db/);
+});
+
+/** The dead letter of a message, as one text. */
+async function letterOf(messageId: string): Promise<string> {
+  const letters = await stack.look.client.xrange(stack.keys.dead('n1'), '-', '+');
+  return letters.map(([, fields]) => fields.join(' ')).find((text) => text.includes(` ${messageId} `))!;
+}
+
+test('whatever is thrown, and whatever becomes of the request: it fails in time, and the letter has what was sent', async () => {
+  const history = [{ role: 'user' as const, content: 'before' }];
+  for (const [name, reason] of [
+    ['changed', /quota/],
+    ['nameless', /\[Object: null prototype\]/],
+    ['fetched', /fetch failed: ECONNREFUSED/],
+    ['dated', /busy/],
+  ] as const) {
+    const since = performance.now();
+    const { end } = await ask(name, history);
+    assert.equal(end.code, 'attempts_exhausted', name);
+    assert.ok(performance.now() - since < 15_000, `${name} waited for the lease`);
+    const letter = await letterOf(name);
+    assert.match(letter, reason);
+    assert.ok(letter.includes(JSON.stringify({ contents: name, history })), letter);
+  }
+});
+
+test('a handler may set its own signal, and pass on an object made of its context', async () => {
+  assert.equal((await ask('context')).text, 'false,true,function');
 });
 
 test('what is no generator fails at once, and says so', async () => {
