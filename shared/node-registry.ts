@@ -1,5 +1,5 @@
 import type { Keys } from './keys.ts';
-import { type RedisConnection, retrying } from './redis.ts';
+import { type RedisConnection, readServerTime, retrying } from './redis.ts';
 
 /**
  * Live gateways and workers, as leases in two hashes. A gateway's entry outlives its lease until its requests are
@@ -36,6 +36,7 @@ const readUntil = (json: string) => (JSON.parse(json) as { until: number }).unti
 
 export function createNodeRegistry({ redis, keys }: { redis: RedisConnection; keys: Keys }) {
   const { client } = redis;
+  const readWorkers = () => Promise.all([client.hgetall(keys.workers()), readServerTime(client)]);
   return {
     /** Takes or renews the lease. Returns 0, or ms left of the lease that somebody else holds. */
     async register(node: string, instance: string, leaseMs: number, facts: NodeFacts): Promise<number> {
@@ -61,7 +62,7 @@ export function createNodeRegistry({ redis, keys }: { redis: RedisConnection; ke
       return (await redis.script('remove_node', [keys.nodes()], [node, graceMs])) === 1;
     },
     async beatWorker(worker: string, leaseMs: number, facts: WorkerFacts): Promise<void> {
-      await client.hset(keys.workers(), worker, JSON.stringify({ until: Date.now() + leaseMs, ...facts }));
+      await redis.script('beat_worker', [keys.workers()], [worker, leaseMs, JSON.stringify(facts)]);
     },
     /** True when Redis takes beats now, so that a live worker is seen. In a Cluster other keys may do, and this one not. */
     async takesBeats(): Promise<boolean> {
@@ -72,17 +73,17 @@ export function createNodeRegistry({ redis, keys }: { redis: RedisConnection; ke
     },
     /** Workers that beat; those that fell silent keep their entries for a while. */
     async countWorkers(): Promise<number> {
-      const untils = Object.values(await client.hgetall(keys.workers())).map(readUntil);
-      return untils.filter((until) => until >= Date.now()).length;
+      const [entries, now] = await readWorkers();
+      return Object.values(entries).filter((json) => readUntil(json) >= now).length;
     },
     async leaveWorker(worker: string): Promise<void> {
       await client.hdel(keys.workers(), worker);
     },
     /** Forgets workers whose lease ran out `graceMs` ago. */
     async sweepWorkers(graceMs: number): Promise<void> {
-      const entries = await client.hgetall(keys.workers());
+      const [entries, now] = await readWorkers();
       const gone = Object.entries(entries)
-        .filter(([, json]) => readUntil(json) + graceMs < Date.now())
+        .filter(([, json]) => readUntil(json) + graceMs < now)
         .map(([worker]) => worker);
       if (gone.length > 0) await client.hdel(keys.workers(), ...gone);
     },

@@ -83,6 +83,7 @@ export type ScriptName =
   | 'append_and_publish'
   | 'attach'
   | 'beat'
+  | 'beat_worker'
   | 'begin'
   | 'bind'
   | 'cancel'

@@ -31,9 +31,9 @@ export function watchFinishedLogs(parts: {
 
   async function look(): Promise<void> {
     while (!signal.aborted) {
-      const waitMs = (logs[0]?.due ?? Number.POSITIVE_INFINITY) - Date.now();
+      const waitMs = (logs[0]?.due ?? Number.POSITIVE_INFINITY) - performance.now();
       await delay(Math.max(STEP_MS, Math.min(1_000, waitMs)), undefined, { signal }).catch(() => {});
-      const now = Date.now();
+      const now = performance.now();
       const due = logs.slice(0, BATCH).filter((log) => log.due <= now);
       logs.splice(0, due.length);
       if (due.length > 0) await redis.batch(due.map(({ key }) => ['exists', key]));
@@ -43,7 +43,7 @@ export function watchFinishedLogs(parts: {
   return {
     add(user, messageId) {
       if (logs.length < KEPT)
-        logs.push({ key: keys.log(user, messageId), due: Date.now() + afterMs + LATE_MS });
+        logs.push({ key: keys.log(user, messageId), due: performance.now() + afterMs + LATE_MS });
     },
     ended: look(),
   };

@@ -64,7 +64,7 @@ export function readRequests(parts: {
   const room = () => parts.room() - asking;
   let doubtfulUntil = 0;
   const doubt = () => {
-    doubtfulUntil = Date.now() + DOUBT_MS;
+    doubtfulUntil = performance.now() + DOUBT_MS;
   };
 
   async function discover(): Promise<void> {
@@ -147,7 +147,7 @@ export function readRequests(parts: {
 
   async function loop(reader: RedisConnection, mine: () => string[], stopped: () => boolean): Promise<void> {
     let certainUntil = 0;
-    let lookedMs = 0;
+    let lookedMs = Number.NEGATIVE_INFINITY;
     while (!signal.aborted && !stopped()) {
       const names = mine();
       if (names.length === 0) {
@@ -159,7 +159,7 @@ export function readRequests(parts: {
         continue;
       }
       try {
-        const now = Date.now();
+        const now = performance.now();
         if (certainUntil < doubtfulUntil && now - lookedMs >= LOOK_MS) {
           lookedMs = now;
           await takeBack(names);

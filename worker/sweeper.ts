@@ -69,11 +69,10 @@ export function startSweeper(parts: {
   async function housekeep(): Promise<void> {
     await registry.sweepWorkers(GONE_AFTER_MS);
     share = SWEEPERS / Math.max(1, await registry.countWorkers());
-    await eachInTurn(await registry.nodes(), async ({ node, until }) => {
+    await eachInTurn(await registry.nodes(), async ({ node }) => {
       await queue.removeIdleConsumers(node, Math.max(GONE_AFTER_MS, 3 * config.LEASE_MS));
-      if (until + GONE_AFTER_MS > Date.now()) return;
       if ((await queue.countOpen([node])) > 0) return;
-      if (!(await registry.remove(node, GONE_AFTER_MS))) return;
+      if (!(await registry.remove(node, GONE_AFTER_MS))) return; // by the clock of its lease
       await queue.dropEmpty(node);
       log.info({ node }, 'forgot a node that is gone and drained');
     });

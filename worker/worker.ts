@@ -81,7 +81,7 @@ export async function startWorker(config: WorkerConfig, handler: Handler, log: L
   const startedAt = Date.now();
   let done = 0;
   let failed = 0;
-  let lastBusy = Date.now();
+  let lastBusyMs = performance.now();
   let roomWaiters: (() => void)[] = [];
 
   const finishedLogs = watchFinishedLogs({
@@ -96,7 +96,7 @@ export async function startWorker(config: WorkerConfig, handler: Handler, log: L
       void giveBack([request]); // a read that was under way brought it
       return;
     }
-    lastBusy = Date.now();
+    lastBusyMs = performance.now();
     const key = `${request.node} ${request.entry}`;
     if (running.has(key)) return; // claimed back after a lapse
     if (running.size >= config.WORKER_CONCURRENCY) {
@@ -128,7 +128,7 @@ export async function startWorker(config: WorkerConfig, handler: Handler, log: L
     running.set(key, started);
     void started.ended.then(() => {
       running.delete(key);
-      lastBusy = Date.now();
+      lastBusyMs = performance.now();
       const next = backlog.shift();
       if (next) start(next);
       for (const wake of roomWaiters.splice(0)) wake();
@@ -245,10 +245,10 @@ export async function startWorker(config: WorkerConfig, handler: Handler, log: L
 
   let stopped: Promise<void> | undefined;
   async function stop(): Promise<void> {
-    const deadline = Date.now() + config.DRAIN_MS;
+    const deadline = performance.now() + config.DRAIN_MS;
     await refuse();
-    while (running.size > 0 && Date.now() < deadline)
-      await within(Math.max(1, deadline - Date.now()), allEnded());
+    while (running.size > 0 && performance.now() < deadline)
+      await within(Math.max(1, deadline - performance.now()), allEnded());
     if (running.size > 0) log.info({ running: running.size }, 'time is up; handing requests back');
     for (const one of running.values()) one.release();
     await within(5_000, allEnded());
@@ -276,14 +276,14 @@ export async function startWorker(config: WorkerConfig, handler: Handler, log: L
   async function idle(ms: number): Promise<void> {
     while (!stopReading.signal.aborted) {
       await delay(Math.min(250, ms), undefined, { signal: stopReading.signal }).catch(() => {});
-      if (running.size > 0 || Date.now() - lastBusy < ms) continue;
+      if (running.size > 0 || performance.now() - lastBusyMs < ms) continue;
       // From the registry: right after the start the nodes may not be known here yet.
       const waiting = await registry
         .nodes()
         .then((nodes) => queue.countOpen(nodes.map(({ node }) => node)))
         .catch(() => 1);
       if (waiting === 0) return;
-      lastBusy = Date.now();
+      lastBusyMs = performance.now();
     }
     return new Promise(() => {});
   }
