@@ -1123,6 +1123,11 @@ function resizeQuestion() {
   questionField.style.height = `${Math.min(questionField.scrollHeight, 220)}px`;
 }
 
+/** Safari ends a composition before the key that confirms it: what still tells that key from others is its code. */
+function isComposing(event) {
+  return event.isComposing || event.keyCode === 229;
+}
+
 function submitQuestion() {
   const text = questionField.value;
   if (!(people.shownKey ? people.send(text) : ask(text))) return;
@@ -1141,7 +1146,7 @@ questionField.addEventListener('input', () => {
   drawComposer();
 });
 questionField.addEventListener('keydown', (event) => {
-  if (event.key !== 'Enter' || event.shiftKey || event.isComposing) return;
+  if (event.key !== 'Enter' || event.shiftKey || isComposing(event)) return;
   event.preventDefault();
   submitQuestion();
 });
@@ -1152,7 +1157,7 @@ $('composer').addEventListener('submit', (event) => {
   questionField.focus();
 });
 document.addEventListener('keydown', (event) => {
-  if (event.key !== 'Escape' || event.isComposing || event.defaultPrevented) return;
+  if (event.key !== 'Escape' || isComposing(event) || event.defaultPrevented) return;
   if (document.querySelector('dialog[open]')) return;
   if (!$('scrim').hidden) {
     const opener = document.body.classList.contains('sidebar-open') ? 'open-sidebar' : 'toggle-pipeline';

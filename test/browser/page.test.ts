@@ -589,6 +589,18 @@ test('Enter beside a running answer says why nothing is sent, Esc that ends a co
   assert.equal(await page.inputValue('#question'), '');
 });
 
+test('Enter that confirms a composition sends nothing, also where the composition has ended before the key', async (t) => {
+  const page = await openPage(t);
+  await page.fill('#question', 'にほんご');
+  const press = (init: object) => page.dispatchEvent('#question', 'keydown', { key: 'Enter', ...init });
+  await press({ isComposing: true, keyCode: 229 });
+  await press({ keyCode: 229 }); // as in Safari
+  assert.equal(await page.inputValue('#question'), 'にほんご');
+  assert.equal(await page.locator('.turn').count(), 0);
+  await press({ keyCode: 13 });
+  await page.waitForSelector('.turn');
+});
+
 test('offline is said at once, and a gateway that cannot be reached after four seconds', async (t) => {
   const gateway = await stack.addGateway({ node: 'alone' });
   const page = await openPage(t, {
