@@ -1,4 +1,5 @@
 import type { Logger } from 'pino';
+import { RivuletError } from '../shared/errors.ts';
 import { compareFrameIds, parseFrameId } from '../shared/frame-id.ts';
 import { type GenerationStore, type LogEntry, type Progress, ROUTES_MS } from '../shared/generation-store.ts';
 import { isOpenStatus } from '../shared/protocol.ts';
@@ -26,6 +27,7 @@ import { takeAnswers } from '../shared/redis.ts';
  */
 
 const HELD_FRAMES = 32;
+const MOST_FOLLOWERS = 256; // of one generation: each of its frames is sent to all of them in one turn
 const SILENT_MS = 2_000; // when a silent subscription is first compared with its log
 const SILENT_MAX_MS = 16_000; // and at the most, after doubling
 const FIRST_PAGE = 64; // entries of a read, before anything is known of their size
@@ -287,12 +289,20 @@ export function createDelivery(parts: {
   }
 
   return {
-    /** Follows a generation, held until `release`. A connection that follows it already starts anew. */
+    /**
+     * Follows a generation, held until `release`. A connection that follows it already starts anew.
+     * @throws RivuletError too_many_active
+     */
     hold(follower: Follower, user: string, messageId: string): Subscription {
       const key = `${user} ${messageId}`;
       const list = generations.get(key) ?? [];
       const old = list.find((other) => other.follower === follower);
       if (old) remove(old);
+      else if (list.length >= MOST_FOLLOWERS)
+        throw new RivuletError(
+          'too_many_active',
+          `At most ${MOST_FOLLOWERS} may follow one answer on a node.`,
+        );
       const subscription: Subscription = {
         follower,
         user,

@@ -2,7 +2,7 @@ import { randomBytes } from 'node:crypto';
 import type { Logger } from 'pino';
 import { ERRORS, type ErrorCode, RivuletError } from '../shared/errors.ts';
 import type { GenerationStore } from '../shared/generation-store.ts';
-import { parseInboxId } from '../shared/inbox.ts';
+import { compareInboxIds, parseInboxId } from '../shared/inbox.ts';
 import type { Keys } from '../shared/keys.ts';
 import {
   CLOSE,
@@ -219,7 +219,7 @@ export class Session implements Rated, Follower, MailboxOwner {
     const { connection, parts } = this;
     this.state = 'binding';
     let claimed: string | null = null;
-    if (frame.userId !== undefined) {
+    if (frame.userId !== undefined && frame.userId !== null) {
       const parsed = parseUserId(frame.userId);
       if ('reason' in parsed) {
         this.sendError('invalid_frame', parsed.reason);
@@ -296,6 +296,7 @@ export class Session implements Rated, Follower, MailboxOwner {
 
   private enqueue(frame: ClientFrame): void {
     this.line ??= [];
+    if (frame.type === 'ack' && this.joinAck(frame)) return;
     if (this.line.length >= LINE_FRAMES) {
       const message = `at most ${LINE_FRAMES} frames may wait for an answer`;
       if ('messageId' in frame) this.reject(frame.messageId, 'rate_limited', message);
@@ -304,6 +305,16 @@ export class Session implements Rated, Follower, MailboxOwner {
     }
     this.line.push(frame);
     this.work();
+  }
+
+  /** An inbox that is read at once brings an ack for each message: those that wait are one, of the latest. */
+  private joinAck(frame: ClientFrameOf<'ack'>): boolean {
+    const id = parseInboxId(frame.id);
+    const waiting = this.line?.find((other) => other.type === 'ack');
+    if (!id || !waiting) return false;
+    const before = parseInboxId(waiting.id);
+    if (before && compareInboxIds(id, before) > 0) waiting.id = frame.id;
+    return before !== null;
   }
 
   /** Handles the frames in line; runs at most once at a time. */

@@ -361,7 +361,9 @@ export function listen(
     // Room above our own bound, so that a frame that is too long can be answered with a code.
     maxPayloadLength: options.maxFrameBytes * 8,
     maxBackpressure: DROP_BYTES,
-    idleTimeout: 0, // `watch` below pings, and closes with a code of ours
+    // `watch` below pings, and closes with a code of ours, long before. This is for sockets that we have closed: a client
+    // that reads a little of what is left, and then no more, would keep its descriptor and all of that for ever.
+    idleTimeout: 120, // s
     sendPingsAutomatically: false,
     compression: uws.DISABLED,
     upgrade(response, request, context) {

@@ -653,6 +653,14 @@ export function createClient(options: ClientOptions): Client {
     if (underWay.size >= MAX_UNDER_WAY) return;
     for (const pending of [...questions, ...sends.values(), ...presences]) {
       if (underWay.has(pending)) continue;
+      if ('contents' in pending.frame) {
+        const refusal = refuseLength(pending.frame);
+        if (refusal) {
+          sends.delete(pending.frame.messageId);
+          pending.reject(refusal);
+          continue;
+        }
+      }
       underWay.add(pending);
       if ('timer' in pending) startTimer(pending);
       write(pending.frame);
@@ -1098,9 +1106,9 @@ export function createClient(options: ClientOptions): Client {
       if (answer.cancelWanted) write({ type: 'cancel', messageId });
       return;
     }
-    const most = session?.limits?.maxFrameBytes;
-    if (most && new TextEncoder().encode(JSON.stringify(request)).length > most) {
-      answer.fail(new ClientError('payload_too_large', `The message is above ${most} bytes.`));
+    const refusal = refuseLength(request);
+    if (refusal) {
+      answer.fail(refusal);
       forget(answer);
       emitEndedSoon(answer);
       return;
@@ -1108,6 +1116,13 @@ export function createClient(options: ClientOptions): Client {
     answer.sent = true;
     underWay.add(answer);
     write(request);
+  }
+
+  /** The server hangs up on a frame that is too long, and with it on everything else. */
+  function refuseLength(frame: ClientFrame): ClientError | null {
+    const most = session?.limits?.maxFrameBytes;
+    if (!most || new TextEncoder().encode(JSON.stringify(frame)).length <= most) return null;
+    return new ClientError('payload_too_large', `The message is above ${most} bytes.`);
   }
 
   function resumeAnswer(answer: AnswerState): void {

@@ -75,7 +75,8 @@ export function createAiChat(parts: AiChatParts): AiChat {
   const { aiDesk, door, log } = parts;
   const keepAlive = new Set<HttpStream>();
   const timer = setInterval(() => {
-    for (const stream of keepAlive) stream.write(': keep-alive\n\n');
+    // Not to who does not read: uWS ends such a stream, but counts from the last write.
+    for (const stream of keepAlive) if (!stream.slow) stream.write(': keep-alive\n\n');
   }, KEEP_ALIVE_MS);
   timer.unref();
 

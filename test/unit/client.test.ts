@@ -721,6 +721,20 @@ test('a request above the limit of the server is refused here', async (t) => {
   assert.equal(await codeOf(client.chat('x', { messageId: 'no spaces' }).done), 'invalid_frame');
 });
 
+test('a message to people above the limit is refused here, and harms nothing else', async (t) => {
+  const server = await startServer(t);
+  const client = startClient(t, server.url);
+  const tooLong = client.send({ user: 20002 }, 'é'.repeat(300));
+  const short = client.send({ user: 20002 }, 'hi', { messageId: 'd1' });
+  const peer = await server.accept();
+  await peer.ready({ maxFrameBytes: 500 });
+  await assert.rejects(tooLong, { code: 'payload_too_large' });
+  await peer.next('send');
+  peer.send({ type: 'sent', messageId: 'd1', id: '1-0', online: 0 });
+  assert.equal((await short).id, '1-0');
+  await peer.quiet();
+});
+
 test('an answer that ends inside chat() is over only when its asker holds it', async (t) => {
   const server = await startServer(t);
   const client = startClient(t, server.url, { maxOpenAnswers: 1 });

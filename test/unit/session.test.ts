@@ -145,3 +145,48 @@ test('a frame that makes no sense is answered with its messageId where that coul
     { type: 'error', code: 'invalid_frame', message: 'messageId may hold only A-Z a-z 0-9 . _ : @ -' },
   ]);
 });
+
+test('acks that wait in line are one, of the latest; null stands for what is absent', async () => {
+  const handled: string[] = [];
+  const sent: { code?: string }[] = [];
+  const claims: unknown[] = [];
+  let answer = (_: null) => {};
+  const slow = new Promise<null>((resolve) => {
+    answer = resolve;
+  });
+  const parts = {
+    ...LETS_IN,
+    authenticate: async (claimed: string | null) => {
+      claims.push(claimed);
+      return { userId: '20001', expiresMs: null };
+    },
+    people: {
+      handle: (_user: string, _device: string, frame: { type: string; id?: string }) => {
+        handled.push(`${frame.type} ${frame.id ?? ''}`);
+        return slow;
+      },
+    },
+    rates: { take: () => 0 },
+  } as unknown as SessionParts;
+  const connection = {
+    open: true,
+    slow: false,
+    send: (text: string) => sent.push(JSON.parse(text)),
+    close() {},
+  };
+  const session = new Session(connection, '', '', parts);
+  session.onText('{"type":"init","userId":null}');
+  while (!session.bound) await turn();
+  assert.deepEqual(claims, [null]);
+  session.onText('{"type":"groups"}');
+  for (let index = 1; index <= 1_000; index++) session.onText(`{"type":"ack","id":"${index}-0"}`);
+  session.onText('{"type":"ack","id":"7-0"}');
+  session.onText('{"type":"ack","id":"no id"}');
+  answer(null);
+  for (let turns = 0; turns < 10; turns++) await turn();
+  assert.deepEqual(handled, ['groups ', 'ack 1000-0', 'ack no id']);
+  assert.deepEqual(
+    sent.filter(({ code }) => code),
+    [],
+  );
+});
