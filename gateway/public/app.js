@@ -697,34 +697,53 @@ function drawSidebar() {
   more.hidden = asked.length <= LISTED_CONVERSATIONS;
   more.textContent = showsAllConversations ? 'Show fewer' : `Show all ${asked.length}`;
   more.setAttribute('aria-expanded', String(showsAllConversations));
-  const rows = listed.map((conversation) => {
-    const row = element('li', 'list-row');
-    row.dataset.key = conversation.id;
-    const open = element('button', 'list-item');
-    open.type = 'button';
-    if (conversation.id === current.id) open.setAttribute('aria-current', 'page');
-    const title = element('span', 'list-text', conversation.title || 'Untitled');
-    title.dir = 'auto';
-    open.append(title);
-    if (conversation.turns.some(isOpen)) {
-      const busy = element('span', 'list-busy');
-      busy.append(element('span', 'visually-hidden', ' (being answered)'));
-      open.append(busy);
-    }
-    open.addEventListener('click', () => showConversation(conversation.id));
-    const remove = element('button', 'icon-button list-remove');
-    remove.type = 'button';
-    remove.setAttribute('aria-label', `Delete “${conversation.title}”`);
-    remove.append(icon('trash'));
-    remove.addEventListener('click', () => removeConversation(conversation));
-    row.append(open, remove);
-    return row;
-  });
-  replaceRows($('conversations'), rows, $('new-chat'));
-  $('conversations-empty').hidden = rows.length > 0;
+  drawConversations(
+    listed.map((conversation) => ({
+      id: conversation.id,
+      title: conversation.title,
+      isShown: conversation.id === current.id,
+      isBusy: conversation.turns.some(isOpen),
+    })),
+  );
 }
 
-function removeConversation(conversation) {
+function drawConversations(items) {
+  const list = $('conversations');
+  // Built again only when it looks different: a click needs its button to stay, and another tab may save all the time.
+  const key = JSON.stringify(items);
+  if (list.dataset.key === key) return;
+  list.dataset.key = key;
+  replaceRows(list, items.map(buildRow), $('new-chat'));
+  $('conversations-empty').hidden = items.length > 0;
+}
+
+function buildRow({ id, title, isShown, isBusy }) {
+  const row = element('li', 'list-row');
+  row.dataset.key = id;
+  const open = element('button', 'list-item');
+  open.type = 'button';
+  if (isShown) open.setAttribute('aria-current', 'page');
+  const text = element('span', 'list-text', title || 'Untitled');
+  text.dir = 'auto';
+  open.append(text);
+  if (isBusy) {
+    const busy = element('span', 'list-busy');
+    busy.append(element('span', 'visually-hidden', ' (being answered)'));
+    open.append(busy);
+  }
+  open.addEventListener('click', () => showConversation(id));
+  const remove = element('button', 'icon-button list-remove');
+  remove.type = 'button';
+  remove.setAttribute('aria-label', `Delete “${title}”`);
+  remove.append(icon('trash'));
+  remove.addEventListener('click', () => removeConversation(id));
+  row.append(open, remove);
+  return row;
+}
+
+function removeConversation(id) {
+  const conversation = store.get(id);
+  if (!conversation) return drawSidebar(); // it has made room for another
   for (const turn of conversation.turns) {
     const entry = followed.get(turn.messageId);
     if (!entry) continue;

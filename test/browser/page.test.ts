@@ -467,6 +467,30 @@ test('two tabs of one user: both follow the answer', async (t) => {
   assert.equal(await lastAnswer(one), LONG_ANSWER, 'undo brings it back');
 });
 
+test('an answer that streams in another tab takes no click: the rows of the list stay', async (t) => {
+  const one = await openPage(t);
+  await ask(one, 'What is 6 * 7?');
+  await waitForStatus(one, 'done');
+  const two = await one.context().newPage();
+  await two.goto(one.url());
+  await two.waitForSelector('#connection[data-state=ready]');
+  await one.click('#new-chat');
+  await ask(one, `Repeat: ${LONG}`);
+  await waitForText(one, 20);
+  await two.waitForSelector('.list-item .list-busy');
+  await two.hover('.list-item:has-text("6 * 7")');
+  await two.mouse.down();
+  await two.evaluate(async () => {
+    for (let saves = 0; saves < 2; saves++)
+      await new Promise((resolve) => addEventListener('storage', resolve, { once: true }));
+  });
+  await two.mouse.up();
+  await two.waitForSelector('.turn[data-status=done]');
+  assert.match(await lastAnswer(two), /42/);
+  await waitForStatus(one, 'done');
+  await two.waitForSelector('#conversations:not(:has(.list-busy))');
+});
+
 test('stopped in one tab, asked again in another: the new answer can be stopped in both', async (t) => {
   const one = await openPage(t);
   const two = await one.context().newPage();
