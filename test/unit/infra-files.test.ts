@@ -294,6 +294,13 @@ test('compose: files that exist, settings that parse, health before start, room 
   for (const address of ['GATEWAY_1', 'GATEWAY_2'])
     assert.ok(services[services.haproxy.environment[address].split(':')[0]]);
   assert.ok(services.haproxy.environment.GATEWAY_DNS, 'containers change their addresses');
+  const { scrape_configs } = parse(read('infra/prometheus.yml'));
+  const gateways = scrape_configs.find(({ job_name }: { job_name: string }) => job_name === 'gateway');
+  assert.deepEqual(
+    gateways.static_configs,
+    [{ targets: ['gateway-1:8080', 'gateway-2:8080'] }],
+    'a target that DNS forgets is never down',
+  );
 });
 
 test('redis.conf and the ACL file start a real server', async (t) => {
