@@ -16,7 +16,10 @@ export interface Supervised {
   readonly pid: number | undefined;
   /** Settles with the fields of the first ready line; rejects when the first start fails. */
   readonly ready: Promise<Record<string, unknown>>;
-  /** SIGTERM, and SIGKILL for one that does not leave in time. Idempotent. */
+  /**
+   * SIGTERM, and SIGKILL for one that does not leave in time. Waits so long too for what earlier runs started and left
+   * behind, as far as it has their output: workers that drain after their autoscaler was killed still need Redis. Idempotent.
+   */
   stop(): Promise<void>;
   /** SIGKILL now, for good. */
   kill(): void;
@@ -51,6 +54,8 @@ export function supervise(options: SupervisedOptions): Supervised {
   log.on('error', (error) => say(`${name}: its log cannot be written: ${error.message}`));
   const stopping = new AbortController();
   const said = new Map<string, number>();
+  /** Outputs of runs, as long as somebody holds them. */
+  const outputs = new Set<Promise<unknown>>();
   let child: ChildProcess | null = null;
   let settleFirst: { resolve: (fields: Record<string, unknown>) => void; reject: (error: Error) => void };
   const ready = new Promise<Record<string, unknown>>((resolve, reject) => {
@@ -90,7 +95,10 @@ export function supervise(options: SupervisedOptions): Supervised {
       keep(line);
       if (line.trim() && !/^\s+at |^Node\.js v/.test(line)) lastLine = line;
     });
-    const closed = once(current, 'close').catch(() => {});
+    const closed = once(current, 'close')
+      .catch(() => {})
+      .finally(() => outputs.delete(closed));
+    outputs.add(closed);
     const outcome = await new Promise<string>((resolve) => {
       current.once('error', (error) => resolve(error.message));
       current.once('exit', (code, signal) => resolve(signal ?? `code ${code}`));
@@ -137,7 +145,8 @@ export function supervise(options: SupervisedOptions): Supervised {
       pauseMs = Math.min(pauseMs * 2, LONGEST_PAUSE_MS);
     }
   }
-  const ended = keepAlive().finally(() => log.end());
+  const ended = keepAlive();
+  const closed = ended.finally(() => Promise.all(outputs)).finally(() => log.end());
 
   return {
     name,
@@ -148,12 +157,14 @@ export function supervise(options: SupervisedOptions): Supervised {
     async stop() {
       stopping.abort();
       child?.kill('SIGTERM');
+      const deadlineMs = performance.now() + options.stopTimeoutMs;
       const timer = setTimeout(() => {
         say(`${name} did not leave within ${options.stopTimeoutMs / 1000} s; killing it`);
         child?.kill('SIGKILL');
       }, options.stopTimeoutMs);
       await ended;
       clearTimeout(timer);
+      await within(Math.max(0, deadlineMs - performance.now()), closed);
     },
     kill() {
       stopping.abort();
