@@ -70,9 +70,9 @@ export async function startWorker(config: WorkerConfig, handler: Handler, log: L
       port: config.METRICS_PORT,
       registry: metrics.registry,
       isReady: () => redis.isReady(),
+      log,
     });
     closers.push(() => server.stop());
-    log.info({ host: config.METRICS_HOST, port: server.port }, 'metrics');
   }
 
   const stopReading = new AbortController();
