@@ -1,8 +1,10 @@
+import { randomUUID } from 'node:crypto';
 import { createInterface } from 'node:readline/promises';
 import { parseArgs } from 'node:util';
 import { WebSocket } from 'ws';
 import { type Answer, type Client, ClientError, type ClientOptions, createClient } from '../shared/client.ts';
 import { type HistoryMessage, parseUserId } from '../shared/protocol.ts';
+import { chooseHistory } from './chat-history.ts';
 import { findRun, NothingRunsError, printable, UsageError } from './command.ts';
 
 /**
@@ -38,7 +40,6 @@ const ASK_WHY_MS = 1_500; // a gateway that answers does so at once, but for a R
 const LOST_MS = 60_000; // for getting it back in the middle of an answer
 /** The terminal and npm both pass a Ctrl-C on; what comes within this time is the same one. */
 const SAME_SIGNAL_MS = 300;
-const HISTORY_MESSAGES = 40;
 const LONGEST_INPUT = 1024 * 1024; // characters from a pipe; the gateway's own limit is lower
 
 interface Settings {
@@ -295,6 +296,8 @@ function stopOnInterrupt(current: () => Answer | null, onIdle: () => void): void
 /** A conversation at the prompt. Ends with Ctrl-D, or Ctrl-C at an empty prompt. */
 async function converse(client: Client, settings: Settings, status: Status): Promise<number> {
   const history: HistoryMessage[] = [];
+  const { conversationId, model, parameters } = settings;
+  let mostFrameBytes = Number.POSITIVE_INFINITY; // as the gateway that we were last connected to had it
   const prompt = createInterface({
     input: process.stdin,
     output: process.stderr,
@@ -318,16 +321,13 @@ async function converse(client: Client, settings: Settings, status: Status): Pro
   for await (const line of prompt) {
     const question = line.trim();
     if (question !== '') {
-      answer = client.chat(question, {
-        history: history.length > 0 ? [...history] : undefined,
-        conversationId: settings.conversationId,
-        model: settings.model,
-        parameters: settings.parameters,
-      });
+      mostFrameBytes = client.session?.limits.maxFrameBytes ?? mostFrameBytes;
+      const request = { messageId: randomUUID(), contents: question, conversationId, model, parameters };
+      const earlier = chooseHistory(history, request, mostFrameBytes);
+      answer = client.chat(question, { ...request, history: earlier.length > 0 ? earlier : undefined });
       try {
         const text = await printAnswer(client, answer, status);
         history.push({ role: 'user', content: question }, { role: 'assistant', content: text });
-        history.splice(0, Math.max(0, history.length - HISTORY_MESSAGES));
       } catch (error) {
         const { text, code } = describeError(error);
         status.say(text);
