@@ -6,6 +6,7 @@ import { parseArgs } from 'node:util';
 import { z } from 'zod';
 import { ConfigError, commonSettings, drainMs, integer, parseConfig } from '../shared/config.ts';
 import { createKeys } from '../shared/keys.ts';
+import { redactUrl } from '../shared/redis.ts';
 import { quote, reportFailure } from './command.ts';
 import { findListener, readCommand, tryPort } from './ports.ts';
 import { findLeftover, startRedisServer } from './redis-server.ts';
@@ -182,7 +183,7 @@ function greet(
   stack: Stack,
   workerPids: number[],
   gateways: { url: string }[],
-  redis: { cli: string; pid: number | null },
+  redis: OpenRedis,
   stream: string,
   logs: string,
 ) {
@@ -198,7 +199,7 @@ function greet(
     ['Page', `${gateways[0]!.url}  (the other gateway: ${gateways[1]!.url})`],
     ['Terminal', `${where}npm run chat -- --user 20001 "hello"`],
     ['Queues', `${where}npm run streams`],
-    ['Redis', `${redis.cli} XINFO STREAM '${stream}'`],
+    ['Redis', redis.cli ? `${redis.cli} XINFO STREAM '${stream}'` : redactUrl(redis.url)],
     [
       'Processes',
       `${processes.join(', ')}  (kill -9 one in the middle of an answer: it goes on; within seconds if it was its worker)`,
@@ -286,14 +287,26 @@ async function lock(folder: string): Promise<() => void> {
   return taken.unlock;
 }
 
+interface OpenRedis {
+  url: string;
+  /** How to call redis-cli, or null: it knows no Sentinel or Cluster by URL, and a password is not for the screen. */
+  cli: string | null;
+  /** Null where it is not ours. */
+  pid: number | null;
+}
+
 /** The Redis of REDIS_URL, or our own with its data kept between runs. */
 async function openRedis(
   config: Config,
   folder: string,
   stack: Stack,
   stopping: AbortSignal,
-): Promise<{ url: string; cli: string; pid: number | null }> {
-  if (config.REDIS_URL) return { url: config.REDIS_URL, cli: `redis-cli -u ${config.REDIS_URL}`, pid: null };
+): Promise<OpenRedis> {
+  const url = config.REDIS_URL;
+  if (url) {
+    const isPlain = /^rediss?:\/\/[^@?]*$/.test(url);
+    return { url, cli: isPlain ? `redis-cli -u ${quote(url)}` : null, pid: null };
+  }
   const dir = join(folder, 'redis');
   await endLeftover(dir);
   const comeBack = async (reason: string) => {

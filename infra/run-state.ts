@@ -34,7 +34,9 @@ export function readRunState(folder = stateFolder()): RunState | null {
 
 export function writeRunState(folder: string, state: RunState): void {
   mkdirSync(folder, { recursive: true });
-  writeFileSync(join(folder, 'run.json'), `${JSON.stringify(state, null, 2)}\n`);
+  removeRunState(folder); // one that a crash left keeps its mode
+  // The address of Redis may hold a password.
+  writeFileSync(join(folder, 'run.json'), `${JSON.stringify(state, null, 2)}\n`, { mode: 0o600 });
 }
 
 export function removeRunState(folder: string): void {

@@ -10,6 +10,7 @@ import { type TestContext, test } from 'node:test';
 import { setTimeout as delay } from 'node:timers/promises';
 import { WebSocket } from 'ws';
 import { readCommand, tryPort } from '../../infra/ports.ts';
+import { startRedisServer } from '../../infra/redis-server.ts';
 import { readRunState } from '../../infra/run-state.ts';
 import { makeCertificate } from '../helpers/certificate.ts';
 import { freePortAndAt } from '../helpers/free-port.ts';
@@ -149,6 +150,20 @@ test('npm start with a certificate: https addresses, and a chat that finds them'
   fromTheOther.terminate();
   started.signalGroup('SIGINT');
   await started.ended;
+});
+
+test('npm start with a Redis of your own: its password is not shown', async (t) => {
+  const redis = await startRedisServer({ dir: await tempFolder(t), args: ['--requirepass', 'open-sesame'] });
+  t.after(() => redis.stop());
+  const started = npmStart(t, {
+    RIVULET_DIR: await tempFolder(t),
+    PORT: String(await freePortAndAt(1)),
+    REDIS_URL: redis.url.replace('//', '//:open-sesame@'),
+  });
+  await started.says(new RegExp(`Redis +redis://\\*\\*\\*@127\\.0\\.0\\.1:${redis.port}\n`));
+  started.signalGroup('SIGINT');
+  await started.ended;
+  assert.doesNotMatch(started.output(), /open-sesame/);
 });
 
 test('npm start: a port that another program has is named, with its owner and the way out', async (t) => {

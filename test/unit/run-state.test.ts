@@ -1,9 +1,9 @@
 import assert from 'node:assert/strict';
-import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync, statSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { test } from 'node:test';
-import { lockFolder } from '../../infra/run-state.ts';
+import { lockFolder, readRunState, writeRunState } from '../../infra/run-state.ts';
 
 test('a folder has one owner, also while it writes itself down; a lock of nobody is taken over', async (t) => {
   const folder = mkdtempSync(join(tmpdir(), 'rivulet-lock-'));
@@ -44,4 +44,21 @@ test('a lock that changed hands is left alone: by who found the old one stale, a
   mine.unlock();
   assert.equal(readFileSync(path, 'utf8'), '1');
   assert.deepEqual(readdirSync(folder), ['start.pid']);
+});
+
+test('what a run leaves for the tools is for its own user: it may hold a password', (t) => {
+  const folder = mkdtempSync(join(tmpdir(), 'rivulet-run-'));
+  t.after(() => rmSync(folder, { recursive: true, force: true }));
+  const path = join(folder, 'run.json');
+  writeFileSync(path, '{}', { mode: 0o644 }); // of a run that crashed
+  const state = {
+    pid: process.pid,
+    startedAt: '',
+    redisUrl: 'redis://u:secret@h',
+    keyPrefix: 'chat',
+    gateways: [],
+  };
+  writeRunState(folder, state);
+  assert.equal(statSync(path).mode & 0o777, 0o600);
+  assert.deepEqual(readRunState(folder), state);
 });
