@@ -356,10 +356,10 @@ function removeState(stack: Stack) {
 /** The first signal drains in order, the second kills. */
 function stopOnSignals(stack: Stack): AbortSignal {
   const stopping = new AbortController();
-  let firstAt = 0;
+  let firstMs: number | null = null;
   const onSignal = () => {
-    if (!firstAt) {
-      firstAt = Date.now();
+    if (firstMs === null) {
+      firstMs = performance.now();
       stopping.abort();
       say('\nStopping, running answers first… (Ctrl-C again kills)');
       close(stack).then(
@@ -372,7 +372,7 @@ function stopOnSignals(stack: Stack): AbortSignal {
           process.exit(1);
         },
       );
-    } else if (Date.now() - firstAt > SAME_SIGNAL_MS) {
+    } else if (performance.now() - firstMs > SAME_SIGNAL_MS) {
       for (const child of stack.gateways) child.kill();
       stack.autoscaler?.kill(); // its workers had their first signal; their guards send the second now
       // Redis keeps its order even now: it needs milliseconds, and its data outlives us.
