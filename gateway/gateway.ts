@@ -5,6 +5,7 @@ import type { Logger } from 'pino';
 import { ConfigError } from '../shared/config.ts';
 import { RivuletError } from '../shared/errors.ts';
 import { createGenerationStore } from '../shared/generation-store.ts';
+import { httpAddress } from '../shared/http-address.ts';
 import { createKeys } from '../shared/keys.ts';
 import { type Running, within } from '../shared/lifecycle.ts';
 import { createNodeRegistry } from '../shared/node-registry.ts';
@@ -125,7 +126,8 @@ export async function startGateway(config: GatewayConfig, log: Logger): Promise<
       facts: () => ({
         startedAt,
         url:
-          config.PUBLIC_URL ?? (server ? `${tls ? 'https' : 'http'}://${config.HOST}:${server.port}` : null),
+          config.PUBLIC_URL ??
+          (server && httpAddress({ isSecure: tls !== undefined, host: config.HOST, port: server.port })),
         connections: server?.connections.size ?? 0,
         users: countUsers(),
       }),

@@ -5,6 +5,7 @@ import { fileURLToPath } from 'node:url';
 import { parseArgs } from 'node:util';
 import { z } from 'zod';
 import { ConfigError, commonSettings, drainMs, integer, parseConfig } from '../shared/config.ts';
+import { httpAddress } from '../shared/http-address.ts';
 import { createKeys } from '../shared/keys.ts';
 import { redactUrl } from '../shared/redis.ts';
 import { quote, reportFailure } from './command.ts';
@@ -133,9 +134,12 @@ async function start(
       },
     });
   };
-  const scheme = env.TLS_CERT_FILE || env.TLS_KEY_FILE ? 'https' : 'http'; // a gateway refuses one without the other
+  const isSecure = Boolean(env.TLS_CERT_FILE || env.TLS_KEY_FILE); // a gateway refuses one without the other
+  const host = ['0.0.0.0', '::'].includes(config.HOST) ? '127.0.0.1' : config.HOST;
   // A page that was loaded from one gateway goes on at the other when its own dies.
-  const origins = ports.flatMap((port) => [`${scheme}://127.0.0.1:${port}`, `${scheme}://localhost:${port}`]);
+  const origins = [...new Set(['127.0.0.1', 'localhost', host])].flatMap((name) =>
+    ports.map((port) => httpAddress({ isSecure, host: name, port })),
+  );
   ports.forEach((port, index) => {
     const node = `n${index + 1}`;
     stack.gateways.push(
@@ -163,10 +167,9 @@ async function start(
   }
   stopping.throwIfAborted();
 
-  const host = ['0.0.0.0', '::'].includes(config.HOST) ? '127.0.0.1' : config.HOST;
   const gateways = ports.map((port, index) => ({
     node: `n${index + 1}`,
-    url: `${scheme}://${host}:${port}`,
+    url: httpAddress({ isSecure, host, port }),
   }));
   writeRunState(folder, {
     pid: process.pid,

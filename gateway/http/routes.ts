@@ -66,7 +66,7 @@ export function createRoutes(parts: RouteParts): (call: HttpCall) => Promise<Htt
         if (!(await parts.isUser(call)))
           return json(401, { error: { code: 'unauthorized', message: "a user's token is needed" } });
         return unlessAway(async () => {
-          const urls = await parts.nodeUrls();
+          const urls = (await parts.nodeUrls()).filter((url) => URL.canParse(url));
           const host = call.headers.get('host')?.replace('localhost', '127.0.0.1');
           // Whoever came through a load balancer has no use for what is behind it.
           return json(200, { urls: urls.some((url) => new URL(url).host === host) ? urls : [] });

@@ -12,6 +12,7 @@ import { WebSocket } from 'ws';
 import { readCommand, tryPort } from '../../infra/ports.ts';
 import { startRedisServer } from '../../infra/redis-server.ts';
 import { readRunState } from '../../infra/run-state.ts';
+import type { PipelineSnapshot } from '../../shared/pipeline.ts';
 import { makeCertificate } from '../helpers/certificate.ts';
 import { freePortAndAt } from '../helpers/free-port.ts';
 
@@ -164,6 +165,27 @@ test('npm start with a Redis of your own: its password is not shown', async (t) 
   started.signalGroup('SIGINT');
   await started.ended;
   assert.doesNotMatch(started.output(), /open-sesame/);
+});
+
+test('npm start with HOST=::1: addresses that are some, and a page of one gateway may use the other', async (t) => {
+  const isThere = await tryPort('::1', 0).catch(() => null);
+  if (isThere === null) return t.skip('no IPv6 here');
+  const port = await freePortAndAt(1);
+  const started = npmStart(t, { RIVULET_DIR: await tempFolder(t), PORT: String(port), HOST: '::1' });
+  const [, page] = await started.says(/Page +(http:\S+)/);
+  const [one, two] = [`http://[::1]:${port}`, `http://[::1]:${port + 1}`];
+  assert.equal(page, one);
+  // A user's token is asked for; where anybody may be anybody, the pipeline tells the addresses.
+  const { nodes } = (await (await fetch(`${one}/pipeline`)).json()) as PipelineSnapshot;
+  assert.deepEqual(
+    nodes.map(({ url }) => url),
+    [one, two],
+  );
+  const fromTheOther = new WebSocket(`ws://[::1]:${port}/ws?userId=20001`, { origin: two });
+  await once(fromTheOther, 'open');
+  fromTheOther.terminate();
+  started.signalGroup('SIGINT');
+  await started.ended;
 });
 
 test('npm start: a port that another program has is named, with its owner and the way out', async (t) => {
