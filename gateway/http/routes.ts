@@ -67,9 +67,10 @@ export function createRoutes(parts: RouteParts): (call: HttpCall) => Promise<Htt
           return json(401, { error: { code: 'unauthorized', message: "a user's token is needed" } });
         return unlessAway(async () => {
           const urls = (await parts.nodeUrls()).filter((url) => URL.canParse(url));
-          const host = call.headers.get('host')?.replace('localhost', '127.0.0.1');
+          const loopback = (host: string) => host.replace('localhost', '127.0.0.1');
+          const host = loopback(call.headers.get('host') ?? '');
           // Whoever came through a load balancer has no use for what is behind it.
-          return json(200, { urls: urls.some((url) => new URL(url).host === host) ? urls : [] });
+          return json(200, { urls: urls.some((url) => loopback(new URL(url).host) === host) ? urls : [] });
         });
       },
     },
