@@ -107,7 +107,7 @@ export class Session implements Rated, Follower, MailboxOwner {
   private following: Map<string, Subscription> | null = null;
   private mailbox: Mailbox | null = null;
   private forgetExpiry: (() => void) | null = null;
-  readonly openedMs = performance.now();
+  readonly openedMs = Math.floor(performance.now()); // whole numbers take no memory of their own
 
   constructor(connection: ClientConnection, urlToken: string, address: string, parts: SessionParts) {
     this.connection = connection;
@@ -134,7 +134,7 @@ export class Session implements Rated, Follower, MailboxOwner {
   }
 
   onText(text: string): void {
-    const waitMs = this.parts.rates.take(this, performance.now(), text.length);
+    const waitMs = this.parts.rates.take(this, Math.floor(performance.now()), text.length);
     if (waitMs > 0) {
       this.refuse(text, waitMs);
       return;

@@ -90,6 +90,9 @@ interface UserData {
   connection: Connection;
 }
 
+/** Whole milliseconds: an idle socket keeps several times, and a fraction would make each an object of its own. */
+const nowMs = () => Math.floor(performance.now());
+
 /** One client's socket. */
 export class Connection {
   peer: Peer | null = null;
@@ -98,7 +101,7 @@ export class Connection {
   private queuedBytes = 0;
   /** What uWS holds for it, as it was last asked: after every write, and when that gets less. */
   private unsentBytes = 0;
-  lastSeenMs = performance.now();
+  lastSeenMs = nowMs();
   pingedMs = 0;
   private readonly server: { readonly slowCode: number; dirty(connection: Connection, soon: boolean): void };
   private request: UpgradeRequest | null;
@@ -400,7 +403,7 @@ export function listen(
     },
     message(socket, message, isBinary) {
       const connection = socket.getUserData().connection;
-      connection.lastSeenMs = performance.now();
+      connection.lastSeenMs = nowMs();
       if (message.byteLength > options.maxFrameBytes) {
         connection.close(options.close.payloadTooLarge, `a frame may have ${options.maxFrameBytes} bytes`);
         return;
@@ -419,11 +422,11 @@ export function listen(
       socket.getUserData().connection.drained();
     },
     ping(socket) {
-      socket.getUserData().connection.lastSeenMs = performance.now();
+      socket.getUserData().connection.lastSeenMs = nowMs();
     },
     pong(socket, payload) {
       const { connection } = socket.getUserData();
-      connection.lastSeenMs = performance.now();
+      connection.lastSeenMs = nowMs();
       if (payload.byteLength > 0) connection.peer?.onPong?.(Buffer.from(payload).toString());
     },
     close(socket) {
@@ -505,7 +508,7 @@ export function listen(
   let isWatching = false;
   /** Looks at some, pings few. Who has been silent since the same moment is not pinged all at once. */
   function watch(): void {
-    const now = performance.now();
+    const now = nowMs();
     for (let looks = 0, pings = 0; looks < LOOKS_PER_TURN && pings < PINGS_PER_TURN; looks++) {
       const { value: connection, done } = ring.next();
       isWatching = !done;
