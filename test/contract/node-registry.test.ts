@@ -44,7 +44,7 @@ test('workers are counted whose lease runs, not those that left or fell silent',
 
   // The clock of a machine does not count: leases are written and read by that of Redis.
   t.mock.timers.enable({ apis: ['Date'], now: Date.now() + 3_600_000 });
-  await registry.beatWorker('ahead', 1, facts);
+  await registry.beatWorker('ahead', -1, facts);
   await registry.sweepWorkers(30_000);
   assert.equal(await registry.countWorkers(), 2);
   t.mock.timers.reset();

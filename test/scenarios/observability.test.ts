@@ -18,6 +18,14 @@ function namesIn(expression: string): string[] {
   return [...expression.matchAll(/\b(?:rivulet|nodejs|process)_[a-z0-9_]+/g)].map(([name]) => name);
 }
 
+/** An answer that is still open whenever somebody looks. */
+const SLOW = {
+  type: 'chat',
+  messageId: 'slow',
+  contents: 'x',
+  parameters: { tokens: 900, intervalMs: 50, seed: 1 },
+} as const;
+
 test('every metric that a panel or an alert names is scraped from a running stack', async (t) => {
   const stack = await startStack(t, {
     gateways: 2,
@@ -42,12 +50,7 @@ test('every metric that a panel or an alert names is scraped from a running stac
   await client.answer('b');
   client.send({ type: 'chat', messageId: 'c', contents: '' });
   await client.next('rejected', 'c');
-  client.send({
-    type: 'chat',
-    messageId: 'slow',
-    contents: 'x',
-    parameters: { tokens: 900, intervalMs: 50, seed: 1 },
-  });
+  client.send(SLOW);
   await client.next('token', 'slow');
 
   const port = (await stack.workers[0]!.logged((line) => line.msg === 'metrics')).port;
@@ -117,12 +120,7 @@ test('every metric that a panel or an alert names is scraped from a running stac
 test('all workers dead with requests in their hands: what is open counts on, and no worker does', async (t) => {
   const stack = await startStack(t, { workers: 1 });
   const client = await stack.client(20001);
-  client.send({
-    type: 'chat',
-    messageId: 'slow',
-    contents: 'x',
-    parameters: { tokens: 900, intervalMs: 50, seed: 1 },
-  });
+  client.send(SLOW);
   await client.next('token', 'slow');
   await stack.workers[0]!.kill('SIGKILL');
   const scrape = async () => (await fetch(`${stack.gateways[0]!.http}/metrics`)).text();
