@@ -93,6 +93,20 @@ async function openPage(
   return page;
 }
 
+/** Plays the gateway for the page's frames of these types, with frames about the same message; the others pass. */
+function answerInstead(types: string[], answer: (say: (frame: object) => void, contents: string) => void) {
+  return (blank: Page) =>
+    blank.routeWebSocket(/\/ws/, (socket) => {
+      const server = socket.connectToServer();
+      socket.onMessage((data) => {
+        const { type, messageId, contents } = JSON.parse(String(data)) as Record<string, string>;
+        const say = (frame: object) => socket.send(JSON.stringify({ messageId, ...frame }));
+        if (types.includes(type!)) answer(say, contents!);
+        else server.send(data);
+      });
+    });
+}
+
 async function ask(page: Page, question: string): Promise<void> {
   await page.fill('#question', question);
   await page.press('#question', 'Enter');
@@ -395,18 +409,12 @@ test('Markdown: what streamed looks like what is read at once, and blocks far ab
 test('an answer whose links are defined at its end has them once it is over', async (t) => {
   let say = (_frame: object) => {};
   const page = await openPage(t, {
-    prepare: (blank) =>
-      blank.routeWebSocket(/\/ws/, (socket) => {
-        const server = socket.connectToServer();
-        socket.onMessage((data) => {
-          const { type, messageId } = JSON.parse(String(data)) as { type: string; messageId: string };
-          if (type !== 'chat') return server.send(data);
-          say = (frame) => socket.send(JSON.stringify({ messageId, ...frame }));
-          say({ type: 'accepted', position: 0, duplicate: false });
-          say({ type: 'start', id: '1-0', attempt: 1 });
-          say({ type: 'token', id: '1-1', text: above });
-        });
-      }),
+    prepare: answerInstead(['chat'], (toPage) => {
+      say = toPage;
+      say({ type: 'accepted', position: 0, duplicate: false });
+      say({ type: 'start', id: '1-0', attempt: 1 });
+      say({ type: 'token', id: '1-1', text: above });
+    }),
   });
   const above = '[the page][1]\n\none\n\ntwo\n\nthree\n\n';
   const below = '[1]: https://example.com/page';
@@ -841,25 +849,15 @@ test('a long paste is there at once, in the direction of its first letter', asyn
 
 test('not checked for the moment: a question and a message say to try again, not that they are forbidden', async (t) => {
   const page = await openPage(t, {
-    prepare: (blank) =>
-      blank.routeWebSocket(/\/ws/, (socket) => {
-        const server = socket.connectToServer();
-        socket.onMessage((data) => {
-          const { type, messageId } = JSON.parse(String(data)) as { type: string; messageId: string };
-          if (type !== 'chat' && type !== 'send') server.send(data);
-          else
-            socket.send(
-              JSON.stringify({
-                type: 'rejected',
-                messageId,
-                code: 'content_refused',
-                message: 'Moderation cannot be reached.',
-                temporary: true,
-                retryAfterMs: 20,
-              }),
-            );
-        });
+    prepare: answerInstead(['chat', 'send'], (say) =>
+      say({
+        type: 'rejected',
+        code: 'content_refused',
+        message: 'Moderation cannot be reached.',
+        temporary: true,
+        retryAfterMs: 20,
       }),
+    ),
   });
   await ask(page, 'a question');
   await waitForStatus(page, 'failed');
@@ -874,27 +872,17 @@ test('not checked for the moment: a question and a message say to try again, not
 
 test('an answer that the content filter cut off, or kept back, does not look whole', async (t) => {
   const page = await openPage(t, {
-    prepare: (blank) =>
-      blank.routeWebSocket(/\/ws/, (socket) => {
-        const server = socket.connectToServer();
-        socket.onMessage((data) => {
-          const { type, messageId, contents: text } = JSON.parse(String(data)) as Record<string, string>;
-          if (type !== 'chat') return server.send(data);
-          const finishReason = 'content_filter';
-          const frames = [
-            { type: 'accepted', position: 0, duplicate: false },
-            { type: 'start', id: '1-0', attempt: 1 },
-            ...(text === 'nothing' ? [] : [{ type: 'token', id: '1-1', text }]),
-            {
-              type: 'done',
-              id: `1-${text === 'nothing' ? 1 : 2}`,
-              finishReason,
-              length: text === 'nothing' ? 0 : text!.length,
-            },
-          ];
-          for (const frame of frames) socket.send(JSON.stringify({ messageId, ...frame }));
-        });
-      }),
+    prepare: answerInstead(['chat'], (say, text) => {
+      say({ type: 'accepted', position: 0, duplicate: false });
+      say({ type: 'start', id: '1-0', attempt: 1 });
+      if (text !== 'nothing') say({ type: 'token', id: '1-1', text });
+      say({
+        type: 'done',
+        id: `1-${text === 'nothing' ? 1 : 2}`,
+        finishReason: 'content_filter',
+        length: text === 'nothing' ? 0 : text.length,
+      });
+    }),
   });
   for (const [question, note] of [
     ['something', 'Cut off by the content filter of the model'],
