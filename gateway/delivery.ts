@@ -30,6 +30,8 @@ const HELD_FRAMES = 32;
 const MOST_FOLLOWERS = 256; // of one generation: each of its frames is sent to all of them in one turn
 const SILENT_MS = 2_000; // when a silent subscription is first compared with its log
 const SILENT_MAX_MS = 16_000; // and at the most, after doubling
+const GONE_MS = 5_000; // what Redis does not know any more may be put back by a worker that has still to reconnect
+const GONE_LOOK_MS = 250;
 const FIRST_PAGE = 64; // entries of a read, before anything is known of their size
 const MOST_PAGE = 500;
 const LEAST_PAGE = 8;
@@ -72,6 +74,10 @@ export interface Subscription {
   missing: number;
   /** What the client has seen may be of an attempt that nobody remembers. */
   forgotten: boolean;
+  /** Since when Redis has known nothing of it, by the clock that never jumps; 0 = it knows. */
+  goneMs: number;
+  /** It is looked for again soon. */
+  looking: boolean;
   state: 'held' | 'live' | 'reading' | 'stalled' | 'ended';
   held: { before: string; id: string; end: boolean; frame: string }[];
   more: boolean;
@@ -205,6 +211,13 @@ export function createDelivery(parts: {
       );
       if (isOpen(subscription)) subscription.state = 'live'; // the next frame, or `heal`, comes back here
     }
+    if (subscription.goneMs > 0 && !subscription.looking && isOpen(subscription)) {
+      subscription.looking = true;
+      setTimeout(() => {
+        subscription.looking = false;
+        if (subscription.state === 'live') void read(subscription);
+      }, GONE_LOOK_MS).unref();
+    }
   }
 
   /** The attempt that the client has seen starts once more: published twice, or another one of the same number. */
@@ -228,7 +241,8 @@ export function createDelivery(parts: {
   }
 
   /**
-   * The log had nothing for us: it may have expired after the end, or be gone altogether.
+   * The log had nothing for us: it may have expired after the end, or be gone altogether. The record too may be gone, but
+   * whoever works on the answer makes it again: it counts as lost only after `GONE_MS`.
    * @param anew the client is given all of the last attempt again
    */
   async function stillThere(subscription: Subscription, anew = false): Promise<boolean> {
@@ -236,9 +250,13 @@ export function createDelivery(parts: {
     const attached = await store.attach(user, messageId, node, anew ? NOWHERE : position);
     if (!isOpen(subscription)) return false;
     if (attached.state === 'unknown') {
+      const now = performance.now();
+      if (subscription.goneMs === 0) subscription.goneMs = now;
+      if (now - subscription.goneMs < GONE_MS) return true;
       lose(subscription);
       return false;
     }
+    subscription.goneMs = 0;
     const ended = !isOpenStatus(attached.status);
     if (anew) subscription.forgotten = false;
     if (ended && !attached.whole && attached.entries.length === 0) {
@@ -315,6 +333,8 @@ export function createDelivery(parts: {
         toldPosition: -1,
         missing: 0,
         forgotten: false,
+        goneMs: 0,
+        looking: false,
         state: 'held',
         held: [],
         more: false,

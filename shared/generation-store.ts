@@ -439,20 +439,29 @@ export function createGenerationStore({
       return ['hget', keys.generation(user, messageId), 'routes'];
     },
 
-    /** Appends again what the log lacks of `texts` (seq 1 on). */
+    /**
+     * Appends again what the log lacks of `texts` (seq 1 on).
+     * @param request what a record that is gone is made again from; null when it may be gone because it has ended
+     */
     async restore(
       attempt: Attempt,
       texts: string[],
+      request: { payload: string; tries: number } | null = null,
     ): Promise<{ state: 'restored'; routes: string[] } | { state: 'fenced' | 'missing' }> {
       const { user, messageId } = attempt;
       const reply = (await redis.script(
         'restore',
-        [keys.generation(user, messageId), keys.log(user, messageId)],
+        [keys.generation(user, messageId), keys.log(user, messageId), keys.active(user)],
         [
           attempt.attempt,
           attempt.owner,
           carrierOf(attempt),
           OPEN_RECORD_MS,
+          messageId,
+          attempt.node,
+          request?.tries ?? 0,
+          request ? ((JSON.parse(request.payload) as ChatPayload).conversationId ?? '') : '',
+          request?.payload ?? '',
           ...texts.flatMap((text, index) => [index + 1, text]),
         ],
       )) as [string, string?];

@@ -74,11 +74,18 @@ export class AnswerWriter {
   /** It was expected to be the first attempt, and is not. */
   stale = false;
   lastAppendMs = performance.now();
+  /** When Redis last said that the record is ours. */
+  private oursMs = performance.now();
 
   private readonly parts: {
     store: GenerationStore;
     appender: Appender;
     logger: () => Logger;
+    /** JSON; with the tries so far, what the record is made again from, should it be lost while the attempt runs. */
+    payload: string;
+    tries: number;
+    /** How long a record is kept once its generation has ended: one that was ours in this time was lost, if it is gone. */
+    retentionMs: number;
     /** Called once, when `fenced` is set. */
     onFenced: () => void;
     /** Called when the log was compared with what was written, and completed. */
@@ -303,6 +310,11 @@ export class AnswerWriter {
     return false;
   }
 
+  /** The record was read, and is ours. */
+  confirmed(now: number): void {
+    this.oursMs = now;
+  }
+
   /** Compares the log with what was written, after a reconnect. */
   check(): void {
     const written = this.opened || this.inFlight > 0;
@@ -388,6 +400,7 @@ export class AnswerWriter {
     this.alone = false;
     this.opened = true;
     this.lastAppendMs = now;
+    this.oursMs = now;
     if (publishedTo !== null) {
       this.startPublished = true;
       this.publishedSeq = seq;
@@ -451,9 +464,11 @@ export class AnswerWriter {
     const deadline = performance.now() + PATIENT.deadlineMs;
     for (let round = 1; !this.fenced; round++) {
       try {
-        const restored = await store.restore(this.attempt, this.texts);
+        const isRecent = performance.now() - this.oursMs < this.parts.retentionMs;
+        const restored = await store.restore(this.attempt, this.texts, isRecent ? this.parts : null);
         if (restored.state === 'restored') {
           this.lastAppendMs = performance.now();
+          this.oursMs = this.lastAppendMs;
           this.opened = true;
           this.publishStart(restored.routes, '');
           this.publishTexts(restored.routes);

@@ -212,6 +212,9 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
       store,
       appender: parts.appender,
       logger,
+      payload,
+      tries,
+      retentionMs: config.RETENTION_MS,
       onFenced() {
         if (!writer.stale) watch.fenced();
         abort.abort(new Error('the attempt was replaced'));

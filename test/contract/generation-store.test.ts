@@ -265,6 +265,48 @@ test('finish does not close a log that lacks frames; restore puts them back unde
   assert.equal((await store.finish(attempt, null, 4, DONE, said('abc'))).state, 'ended');
 });
 
+test('restore makes a lost record again, with its place and its log, unless it may have ended', async () => {
+  const user = nextUser();
+  await admit(user, 'm', 'c1');
+  const attempt = await running(user, 'm');
+  await append(attempt, 1, 'a');
+  const request = { payload: JSON.stringify({ contents: 'hi', conversationId: 'c1' }), tries: 1 };
+  const { node, entry } = attempt;
+  for (const lost of [[keys.generation(user, 'm')], await redis.client.keys(`*${user}*`)]) {
+    await redis.client.del(...lost);
+    assert.equal((await store.restore(attempt, ['a', 'b'])).state, 'missing', 'it may have ended');
+    assert.deepEqual(await store.restore(attempt, ['a', 'b'], request), {
+      state: 'restored',
+      routes: [node],
+    });
+    assert.deepEqual(await ids(user, 'm'), ['1-0', '1-1', '1-2']);
+    assert.equal(await redis.client.hget(keys.active(user), 'm'), 'c1', 'it has its place');
+    const record = await store.inspect({ user, messageId: 'm' });
+    assert.equal(record?.status, 'running');
+    assert.equal(record.owner, attempt.owner);
+    for (const key of [keys.generation(user, 'm'), keys.log(user, 'm'), keys.active(user)])
+      assert.ok((await redis.client.pttl(key)) > 60_000, `${key} expires, but not yet`);
+  }
+  // Should this worker die too: the next one has the question, and goes above what was shown.
+  const next = await begin(user, 'm', 'w2', entry);
+  assert.ok(next.state === 'run');
+  assert.deepEqual([next.attempt, next.tries, JSON.parse(next.payload).contents], [2, 2, 'hi']);
+  assert.equal((await store.restore(attempt, ['a', 'b'], request)).state, 'fenced', 'it was taken over');
+  await redis.client.del(keys.generation(user, 'm'));
+  assert.equal((await store.restore(attempt, ['a', 'b'], request)).state, 'fenced', 'the log says so too');
+});
+
+test('restore leaves an ended answer alone whose record is gone and whose log is not', async () => {
+  const user = nextUser();
+  await admit(user, 'm');
+  const attempt = await running(user, 'm');
+  assert.equal((await store.finish(attempt, null, 1, DONE, said(''))).state, 'ended');
+  await redis.client.del(keys.generation(user, 'm'));
+  const request = { payload: '{"contents":"hi"}', tries: 1 };
+  assert.equal((await store.restore(attempt, [], request)).state, 'missing');
+  assert.equal(await store.inspect({ user, messageId: 'm' }), null);
+});
+
 test('cancel ends it at once, keeps the text, counts UTF-16 units, and fences the worker', async () => {
   const user = nextUser();
   await admit(user, 'm');

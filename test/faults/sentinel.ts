@@ -20,7 +20,8 @@ export interface SentinelSet {
   waitForReplica(): Promise<void>;
   /**
    * Starts a dead master again, as a replica of the other. Left alone it says that it is the master until the sentinels
-   * have demoted it, eight seconds later, and should the new one falter until then, they may promote it as it is.
+   * have demoted it, eight seconds later. Until it is in step no sentinel may promote it: should the new master not answer
+   * one of them for `down-after`, all since the failover would be lost.
    */
   restartAsReplica(index: 0 | 1): Promise<void>;
   /** What the sentinels have decided, from their logs. */
@@ -125,15 +126,22 @@ export async function startSentinelSet({
         const lag = await set.lag().catch(() => null);
         return lag !== null && lag < 1_000_000;
       });
-      // The sentinels must know the replica and each other before a failover can work.
+      const replica = new Redis(servers[1 - (await set.master())]!.port, { maxRetriesPerRequest: 3 });
+      try {
+        await replica.config('SET', 'replica-priority', 100);
+      } finally {
+        replica.disconnect();
+      }
+      // The sentinels must know each other, and that the replica may be promoted, before a failover can work.
       for (const ask of asks)
         await until('the sentinels know each other', 20_000, async () => {
-          const facts = (await ask.call('sentinel', 'master', NAME)) as string[];
-          const read = (field: string) => facts[facts.indexOf(field) + 1];
+          const master = (await ask.call('sentinel', 'master', NAME)) as string[];
+          const replicas = (await ask.call('sentinel', 'replicas', NAME)) as string[][];
+          const read = (facts: string[], field: string) => facts[facts.indexOf(field) + 1];
           return (
-            read('num-other-sentinels') === '2' &&
-            Number(read('num-slaves')) >= 1 &&
-            read('flags') === 'master'
+            read(master, 'num-other-sentinels') === '2' &&
+            read(master, 'flags') === 'master' &&
+            replicas.some((facts) => read(facts, 'slave-priority') === '100')
           );
         });
     },
@@ -141,6 +149,7 @@ export async function startSentinelSet({
       await servers[index].restart();
       const client = new Redis(servers[index].port, { maxRetriesPerRequest: 3 });
       try {
+        await client.config('SET', 'replica-priority', 0);
         await client.replicaof('127.0.0.1', servers[1 - index]!.port);
       } finally {
         client.disconnect();

@@ -20,7 +20,7 @@ export function testShort(title: string, classes: FaultClass[]): void {
       await t.test(name, () => {
         const row = rows.find((one) => one.class === name);
         assert.ok(row, 'the class has run');
-        assert.ok(isClean(row.tally), `\n${row.tally.problems.join('\n')}`);
+        assert.ok(isClean(row.tally), `\n${[...row.tally.problems, ...row.tally.notes].join('\n')}`);
         assert.ok(row.tally.faults > 0, 'it injected something');
         assert.ok(row.tally.generations > 0, 'somebody streamed');
       });
