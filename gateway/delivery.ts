@@ -189,8 +189,10 @@ export function createDelivery(parts: {
     return subscription.state !== 'ended' && !stopped;
   }
 
-  async function read(subscription: Subscription): Promise<void> {
+  /** @param unrouted its worker may not know that this node wants the frames: they stayed away */
+  async function read(subscription: Subscription, unrouted = false): Promise<void> {
     subscription.state = 'reading';
+    let asked = !unrouted;
     try {
       if (subscription.forgotten && !(await stillThere(subscription, true))) return;
       for (;;) {
@@ -200,7 +202,10 @@ export function createDelivery(parts: {
         if (!isOpen(subscription)) return;
         subscription.lastMs = performance.now();
         if (!sendEntries(subscription, page.entries)) return;
-        if (page.entries.length === 0 && !(await stillThere(subscription))) return;
+        if (page.entries.length === 0 || (!asked && !page.more)) {
+          if (!(await stillThere(subscription))) return;
+          asked = true;
+        }
         if (!page.more && !subscription.more) break;
       }
       subscription.state = 'live';
@@ -446,7 +451,7 @@ export function createDelivery(parts: {
             void read(subscription); // its worker has had the time to put back what is missing
           } else if (top !== '' && compareFrameIds(top, subscription.position) > 0) {
             counters.healed();
-            void read(subscription);
+            void read(subscription, true);
           }
         });
         failure = failed ?? failure;

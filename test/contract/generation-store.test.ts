@@ -3,6 +3,7 @@ import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { after, before, test } from 'node:test';
+import { setTimeout as delay } from 'node:timers/promises';
 import pino from 'pino';
 import { createAdmission } from '../../gateway/admission.ts';
 import { createDelivery, type Follower } from '../../gateway/delivery.ts';
@@ -740,30 +741,95 @@ test('a log with a hole, as a failover can leave it, is written anew with the sa
   );
 });
 
-test('what a worker wrote before it knew of a node reaches the client there without a next frame', async () => {
-  const user = nextUser();
-  await admit(user, 'm');
-  const attempt = await running(user, 'm');
-  await append(attempt, 1, 'seen');
+/** A client on node n2 that has seen the log of an answer up to an id, and what it is sent from then on. */
+async function follow(user: string, position: string) {
   const delivery = createDelivery({
     store,
     node: 'n2',
     log: pino({ level: 'silent' }),
     counters: { healed() {}, slow() {}, doubled() {} },
   });
-  const got: string[] = [];
+  const got: { id: string; type: string; text?: string; code?: string }[] = [];
   const follower: Follower = {
-    sendText: (text) => void got.push(JSON.parse(text).text),
+    sendText: (text) => void got.push(JSON.parse(text)),
     onEnded() {},
     slow: false,
     open: true,
   };
   const subscription = delivery.hold(follower, user, 'm');
-  const attached = await store.attach(user, 'm', 'n2', '1-1');
+  const attached = await store.attach(user, 'm', 'n2', position);
   assert.ok(attached.state === 'attached' && attached.recovered);
-  delivery.release(subscription, '1-1', attached.entries, attached.more);
+  delivery.release(subscription, position, attached.entries, attached.more);
+  return { delivery, got };
+}
+
+test('what a worker wrote before it knew of a node reaches the client there without a next frame', async () => {
+  const user = nextUser();
+  await admit(user, 'm');
+  const attempt = await running(user, 'm');
+  await append(attempt, 1, 'seen');
+  const { delivery, got } = await follow(user, '1-1');
   await append(attempt, 2, ' and this'); // published to n1 alone: its worker asks for routes every ROUTES_MS
   await eventually('the rest', () => got.length > 0, 1_500); // `heal` would take 2 s
   delivery.stop();
-  assert.deepEqual(got, [' and this']);
+  assert.deepEqual(
+    got.map(({ text }) => text),
+    [' and this'],
+  );
+});
+
+test('an answer that Redis has forgotten goes on when its worker puts it back', async () => {
+  const user = nextUser();
+  await admit(user, 'm');
+  const attempt = await running(user, 'm');
+  await append(attempt, 1, 'seen');
+  const { delivery, got } = await follow(user, '1-1');
+  await redis.client.del(...(await redis.client.keys(`*${user}*`)));
+  await delivery.heal(store.progress, true);
+  await delay(700); // a worker that has still to reconnect
+  const request = { payload: '{"contents":"hi"}', tries: 1 };
+  assert.equal((await store.restore(attempt, ['seen', ' and this'], request)).state, 'restored');
+  await eventually('the rest', () => got.length > 0, 1_500);
+  const isRouted = async () => (await redis.client.hget(keys.generation(user, 'm'), 'routes')) === 'n1,n2';
+  await eventually('the next frames come here too', isRouted, 1_500);
+  delivery.stop();
+  assert.deepEqual(
+    got.map(({ id, text }) => [id, text]),
+    [['1-2', ' and this']],
+  );
+});
+
+test('frames that stayed away because a record was made again are read once, then they come by themselves', async () => {
+  const user = nextUser();
+  await admit(user, 'm');
+  const attempt = await running(user, 'm');
+  await append(attempt, 1, 'seen');
+  const { delivery, got } = await follow(user, '1-1');
+  await redis.client.del(...(await redis.client.keys(`*${user}*`)));
+  const request = { payload: '{"contents":"hi"}', tries: 1 };
+  assert.equal((await store.restore(attempt, ['seen', ' and this'], request)).state, 'restored');
+  await delivery.heal(store.progress, true);
+  await eventually('the frame', () => got.length > 0, 1_500);
+  const isRouted = async () => (await redis.client.hget(keys.generation(user, 'm'), 'routes')) === 'n1,n2';
+  await eventually('the next frames come here too', isRouted, 1_500);
+  delivery.stop();
+});
+
+test('an answer that nobody puts back counts as lost after a while, and its client is told once', async () => {
+  const user = nextUser();
+  await admit(user, 'm');
+  await append(await running(user, 'm'), 1, 'seen');
+  const { delivery, got } = await follow(user, '1-1');
+  await redis.client.del(...(await redis.client.keys(`*${user}*`)));
+  await delivery.heal(store.progress, true);
+  await delay(4_000);
+  assert.deepEqual(got, [], 'it may still come back');
+  await eventually('the end', () => got.length > 0, 4_000);
+  await delay(500);
+  assert.deepEqual(
+    got.map(({ id, type, code }) => [id, type, code]),
+    [['2-0', 'failed', 'internal']],
+  );
+  assert.equal(delivery.size, 0);
+  delivery.stop();
 });
