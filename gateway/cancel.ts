@@ -1,13 +1,16 @@
+import { setTimeout as delay } from 'node:timers/promises';
 import type { GenerationStore } from '../shared/generation-store.ts';
 import type { Keys } from '../shared/keys.ts';
 import { type RedisConnection, retrying } from '../shared/redis.ts';
 import { addressHead, encodeLines, publishCommands } from '../shared/reply-stream.ts';
 import type { RequestQueue } from '../shared/request-queue.ts';
+import { type Delivery, GONE_LOOK_MS, GONE_MS } from './delivery.ts';
 import type { GatewayMetrics } from './metrics.ts';
 
 /**
  * Ends a user's generation: its terminal frame is in the log at once and on its way to whoever follows it; the
- * worker learns of it at its next append. False when there is no such generation; one that has ended stays as it is.
+ * worker learns of it at its next append. False when there is no such generation; one that has ended stays as it is. One that
+ * is followed here and that Redis has lost is waited for: its worker makes it again, and would not know of the stop.
  */
 export async function cancelGeneration(
   parts: {
@@ -15,13 +18,23 @@ export async function cancelGeneration(
     redis: RedisConnection;
     keys: Keys;
     queue: RequestQueue;
+    delivery: Delivery;
     metrics: GatewayMetrics;
   },
   user: string,
   messageId: string,
 ): Promise<boolean> {
-  const { store, redis, keys, queue, metrics } = parts;
-  const cancelled = await store.cancel(user, messageId);
+  const { store, redis, keys, queue, delivery, metrics } = parts;
+  const deadline = performance.now() + GONE_MS;
+  let cancelled = await store.cancel(user, messageId);
+  while (
+    cancelled.state === 'unknown' &&
+    delivery.isFollowed(user, messageId) &&
+    performance.now() < deadline
+  ) {
+    await delay(GONE_LOOK_MS);
+    cancelled = await store.cancel(user, messageId);
+  }
   if (cancelled.state === 'unknown') return false;
   if (cancelled.state === 'ended') return true;
   metrics.cancelled.inc();

@@ -17,21 +17,24 @@ import { takeAnswers } from '../shared/redis.ts';
  *   reading  frames come from the log, a page at a time; what comes live meanwhile only says that there is more
  *   stalled  the client reads too slowly: nothing is pushed, nothing is kept; goes to reading when it drains
  *
- * Cost: one small object a subscription, no timer of its own. `heal` looks after subscriptions that have been
- * silent for a while, so that a lost last frame, or a generation that is gone, is noticed.
+ * Cost: one small object a subscription, no timer of its own but while Redis knows nothing of its generation. `heal` looks
+ * after subscriptions that have been silent for a while, so that a lost last frame, or a generation that is gone, is
+ * noticed.
  *
- * After a failover Redis may know less of an answer than its clients have seen. Mostly its worker puts that back, and
- * goes on. But an attempt that nobody remembers may be opened once more, by another, and ids no longer tell two texts
- * apart. Signs of it are a record that knows of fewer attempts than were shown, and a second `start` in a log that is
- * shorter than what was shown. Then the client is given the whole log, after a `resumed` that tells it so.
+ * After a failover Redis may know less of an answer than its clients have seen, or nothing. Mostly its worker puts that
+ * back, and goes on: it is waited for. But an attempt that nobody remembers may be opened once more, by another, and ids
+ * no longer tell two texts apart. Signs of it are a record that knows of fewer attempts than were shown, and a second
+ * `start` in a log that is shorter than what was shown. Then the client is given the whole log, after a `resumed` that
+ * tells it so.
  */
 
 const HELD_FRAMES = 32;
 const MOST_FOLLOWERS = 256; // of one generation: each of its frames is sent to all of them in one turn
 const SILENT_MS = 2_000; // when a silent subscription is first compared with its log
 const SILENT_MAX_MS = 16_000; // and at the most, after doubling
-const GONE_MS = 5_000; // what Redis does not know any more may be put back by a worker that has still to reconnect
-const GONE_LOOK_MS = 250;
+/** What Redis does not know any more may be put back by a worker that has still to reconnect. */
+export const GONE_MS = 5_000;
+export const GONE_LOOK_MS = 500;
 const FIRST_PAGE = 64; // entries of a read, before anything is known of their size
 const MOST_PAGE = 500;
 const LEAST_PAGE = 8;
@@ -192,7 +195,7 @@ export function createDelivery(parts: {
   /** @param unrouted its worker may not know that this node wants the frames: they stayed away */
   async function read(subscription: Subscription, unrouted = false): Promise<void> {
     subscription.state = 'reading';
-    let asked = !unrouted;
+    let asked = !unrouted && subscription.goneMs === 0;
     try {
       if (subscription.forgotten && !(await stillThere(subscription, true))) return;
       for (;;) {
@@ -215,14 +218,20 @@ export function createDelivery(parts: {
         'log cannot be read; again soon',
       );
       if (isOpen(subscription)) subscription.state = 'live'; // the next frame, or `heal`, comes back here
+      if (subscription.goneMs > 0) subscription.goneMs = performance.now(); // Redis has not said so all that time
     }
-    if (subscription.goneMs > 0 && !subscription.looking && isOpen(subscription)) {
-      subscription.looking = true;
-      setTimeout(() => {
-        subscription.looking = false;
-        if (subscription.state === 'live') void read(subscription);
-      }, GONE_LOOK_MS).unref();
-    }
+    if (subscription.goneMs > 0 && isOpen(subscription)) lookSoon(subscription);
+  }
+
+  /** What Redis knows nothing of is looked for again until it is there or counts as lost. */
+  function lookSoon(subscription: Subscription): void {
+    if (subscription.looking) return;
+    subscription.looking = true;
+    const look = () => {
+      subscription.looking = false;
+      if (subscription.state === 'live' && !stopped) void read(subscription);
+    };
+    setTimeout(look, GONE_LOOK_MS * (0.5 + Math.random())).unref();
   }
 
   /** The attempt that the client has seen starts once more: published twice, or another one of the same number. */
@@ -246,8 +255,9 @@ export function createDelivery(parts: {
   }
 
   /**
-   * The log had nothing for us: it may have expired after the end, or be gone altogether. The record too may be gone, but
-   * whoever works on the answer makes it again: it counts as lost only after `GONE_MS`.
+   * Asks for the frames once more, and whether there is anything to ask for: the log may have expired after the end, or be
+   * gone altogether. The record too may be gone, but whoever works on the answer makes it again: it counts as lost only
+   * after `GONE_MS`.
    * @param anew the client is given all of the last attempt again
    */
   async function stillThere(subscription: Subscription, anew = false): Promise<boolean> {
@@ -261,6 +271,7 @@ export function createDelivery(parts: {
       lose(subscription);
       return false;
     }
+    const wasGone = subscription.goneMs > 0;
     subscription.goneMs = 0;
     const ended = !isOpenStatus(attached.status);
     if (anew) subscription.forgotten = false;
@@ -269,7 +280,7 @@ export function createDelivery(parts: {
       return false;
     }
     // What this client has of it may be in the middle of a text that is whole now, or be of another one: it replays.
-    if (!attached.recovered && (anew || ended)) {
+    if (!attached.recovered && (anew || wasGone || ended)) {
       subscription.follower.sendText(
         JSON.stringify({
           type: 'resumed',
@@ -384,6 +395,11 @@ export function createDelivery(parts: {
 
     drop: remove,
     lose,
+
+    /** Whether anybody follows it here. */
+    isFollowed(user: string, messageId: string): boolean {
+      return generations.has(`${user} ${messageId}`);
+    },
 
     /** One pair of a reply entry; see shared/reply-stream.ts for the address. */
     onFrame(address: string, frame: string): void {

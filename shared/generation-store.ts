@@ -48,6 +48,16 @@ export interface LogEntry {
   terminal: boolean;
 }
 
+/** What a worker knows of the record of its attempt. */
+export interface LostRecord {
+  /** JSON. */
+  payload: string;
+  tries: number;
+  trace: string;
+  /** The nodes that wanted its frames when they were last asked for; none = not known. */
+  routes: string[];
+}
+
 export type Admitted =
   /** `queued` is there when the request was appended in the same step. */
   | { state: 'created'; queued?: { position: number; full: boolean } }
@@ -441,14 +451,26 @@ export function createGenerationStore({
 
     /**
      * Appends again what the log lacks of `texts` (seq 1 on).
-     * @param request what a record that is gone is made again from; null when it may be gone because it has ended
+     * @param lost what a record that is gone is made of again, if it cannot have ended; null leaves it alone
+     * @returns `missing`: it is gone, and was left alone; `again`: it was made again
      */
     async restore(
       attempt: Attempt,
       texts: string[],
-      request: { payload: string; tries: number } | null = null,
-    ): Promise<{ state: 'restored'; routes: string[] } | { state: 'fenced' | 'missing' }> {
-      const { user, messageId } = attempt;
+      lost: LostRecord | null = null,
+    ): Promise<{ state: 'restored'; routes: string[]; again: boolean } | { state: 'fenced' | 'missing' }> {
+      const { user, messageId, node } = attempt;
+      const record = lost
+        ? [
+            lost.payload,
+            messageId,
+            node,
+            lost.routes.join(',') || node,
+            lost.tries,
+            (JSON.parse(lost.payload) as ChatPayload).conversationId ?? '',
+            lost.trace,
+          ]
+        : ['', messageId, node, '', 0, '', ''];
       const reply = (await redis.script(
         'restore',
         [keys.generation(user, messageId), keys.log(user, messageId), keys.active(user)],
@@ -457,15 +479,13 @@ export function createGenerationStore({
           attempt.owner,
           carrierOf(attempt),
           OPEN_RECORD_MS,
-          messageId,
-          attempt.node,
-          request?.tries ?? 0,
-          request ? ((JSON.parse(request.payload) as ChatPayload).conversationId ?? '') : '',
-          request?.payload ?? '',
+          retentionMs,
+          ...record,
           ...texts.flatMap((text, index) => [index + 1, text]),
         ],
-      )) as [string, string?];
-      if (reply[0] === 'restored') return { state: 'restored', routes: splitRoutes(reply[1]!) };
+      )) as [string, string?, number?];
+      if (reply[0] === 'restored')
+        return { state: 'restored', routes: splitRoutes(reply[1]!), again: reply[2] === 1 };
       return { state: reply[0] as 'fenced' | 'missing' };
     },
 

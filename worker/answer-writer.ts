@@ -31,8 +31,9 @@ import type { Appender } from './appender.ts';
  *
  * States: (expected →) open → (an append failed) mending → open | fenced; open → ended. An expected one may turn out to
  * be stale: Redis says that it is no first attempt, and has written nothing of it. A refusal is read, not guessed: mending
- * asks Redis who owns the log, appends again what it lacks, and only then says "fenced".
- * Memory: the attempt's whole text, because a failover may take any of it from the log.
+ * asks Redis who owns the log, appends again what it lacks, makes the record again if that is gone too, and only then says
+ * "fenced".
+ * Memory: the attempt's whole text and its question, because a failover may take any of them.
  */
 
 const COALESCE_MS = 20; // upper bound that an append in flight may hold text back; about one token's pace
@@ -74,22 +75,19 @@ export class AnswerWriter {
   /** It was expected to be the first attempt, and is not. */
   stale = false;
   lastAppendMs = performance.now();
-  /** When Redis last said that the record is ours. */
-  private oursMs = performance.now();
 
   private readonly parts: {
     store: GenerationStore;
     appender: Appender;
     logger: () => Logger;
-    /** JSON; with the tries so far, what the record is made again from, should it be lost while the attempt runs. */
+    /** With the routes, what the record is made of again, should it be lost while the attempt runs. */
     payload: string;
     tries: number;
-    /** How long a record is kept once its generation has ended: one that was ours in this time was lost, if it is gone. */
-    retentionMs: number;
+    trace: string;
     /** Called once, when `fenced` is set. */
     onFenced: () => void;
-    /** Called when the log was compared with what was written, and completed. */
-    onMended: () => void;
+    /** Called when the log was compared with what was written, and completed. @param again the record was made again */
+    onMended: (again: boolean) => void;
     /** The worker is leaving: a log that cannot be compared now is left to who comes after. */
     isLeaving: () => boolean;
   };
@@ -310,11 +308,6 @@ export class AnswerWriter {
     return false;
   }
 
-  /** The record was read, and is ours. */
-  confirmed(now: number): void {
-    this.oursMs = now;
-  }
-
   /** Compares the log with what was written, after a reconnect. */
   check(): void {
     const written = this.opened || this.inFlight > 0;
@@ -355,9 +348,14 @@ export class AnswerWriter {
     return this.opened; // what opens it answers with them
   }
 
+  /** @param routes null: the record is gone */
   routed(routes: string | null): void {
+    if (routes === null) {
+      this.check();
+      return;
+    }
     const known = this.routes;
-    this.routes = splitRoutes(routes ?? '');
+    this.routes = splitRoutes(routes);
     // What was stored before this was known has gone to the others only. It shows a new node that it lacks something.
     if (this.inFlight > 0 || this.publishedSeq === 0) return;
     for (const node of this.routes)
@@ -400,7 +398,6 @@ export class AnswerWriter {
     this.alone = false;
     this.opened = true;
     this.lastAppendMs = now;
-    this.oursMs = now;
     if (publishedTo !== null) {
       this.startPublished = true;
       this.publishedSeq = seq;
@@ -464,15 +461,15 @@ export class AnswerWriter {
     const deadline = performance.now() + PATIENT.deadlineMs;
     for (let round = 1; !this.fenced; round++) {
       try {
-        const isRecent = performance.now() - this.oursMs < this.parts.retentionMs;
-        const restored = await store.restore(this.attempt, this.texts, isRecent ? this.parts : null);
+        let restored = await store.restore(this.attempt, this.texts);
+        // Only one that is known to have begun was open after its request was appended.
+        if (restored.state === 'missing' && this.opened) restored = await this.makeAgain();
         if (restored.state === 'restored') {
           this.lastAppendMs = performance.now();
-          this.oursMs = this.lastAppendMs;
           this.opened = true;
           this.publishStart(restored.routes, '');
           this.publishTexts(restored.routes);
-          this.parts.onMended();
+          this.parts.onMended(restored.again);
           logger().info({ reason, frames: this.texts.length }, 'log compared with what was written');
           return;
         }
@@ -489,6 +486,11 @@ export class AnswerWriter {
         await delay(backoffMs(round, 50, 1_000));
       }
     }
+  }
+
+  private makeAgain(): ReturnType<GenerationStore['restore']> {
+    const { store, payload, tries, trace } = this.parts;
+    return store.restore(this.attempt, this.texts, { payload, tries, trace, routes: this.routes });
   }
 
   private changed(): Promise<void> {

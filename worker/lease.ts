@@ -93,7 +93,6 @@ export function keepLeases(parts: {
         record?.status === 'running' &&
         record.attempt === running.attempt &&
         record.owner === running.writer!.attempt.owner;
-      if (ours) running.writer!.confirmed(now);
       if (ours || running.writer!.fenced || running.writer!.isEnded) return;
       if (record === null || record.attempt < running.attempt) running.writer!.check();
       else running.lose();

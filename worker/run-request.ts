@@ -214,12 +214,15 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
       logger,
       payload,
       tries,
-      retentionMs: config.RETENTION_MS,
+      trace: begun.trace,
       onFenced() {
         if (!writer.stale) watch.fenced();
         abort.abort(new Error('the attempt was replaced'));
       },
-      onMended: () => watch.mended(),
+      onMended(again) {
+        watch.mended();
+        if (again) void carryAgain();
+      },
       isLeaving: () => leaving,
     });
     running.writer = writer;
@@ -265,6 +268,16 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
         'answered',
       );
     return 'done';
+
+    /** A record that was made again needs a request that carries it, should this worker die. */
+    async function carryAgain(): Promise<void> {
+      try {
+        const lost = await queue.extend(request.node, worker, [request.entry]);
+        if (lost.length > 0) await queue.retryLater(request, worker, config.LEASE_MS);
+      } catch (error) {
+        logger().warn({ err: (error as Error).message }, 'no request may carry this answer');
+      }
+    }
 
     async function settle(acknowledged: boolean): Promise<void> {
       if (writer.hasLog) parts.finishedLogs.add(request.user, request.messageId);

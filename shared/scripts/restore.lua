@@ -1,10 +1,16 @@
 -- Puts back what a failover or a deleted key took of a running attempt: frames of its log, or the record too.
+-- A record is made again only while it cannot have ended: it was open when its request was appended, and one that ends is
+-- kept for the retention.
 -- KEYS: 1 record, 2 log, 3 the user's open generations
--- ARGV: 1 attempt, 2 owner, 3 request entry, 4 life of an open record in ms, 5 message id, 6 node, 7 tries, 8 conversation
---       id or '', 9 payload, or '' when a record that is gone must not be made again, then (seq, text) pairs from seq 1 on
--- Returns {'restored', routes} | {'fenced'} | {'missing'} the record itself is gone
+-- ARGV: 1 attempt, 2 owner, 3 request (node and entry), 4 life of an open record in ms, 5 retention in ms, 6 payload, or ''
+--       to leave a record alone that is gone, 7 message id, 8 node, 9 routes, 10 tries, 11 conversation id or '', 12 trace
+--       context or '', then (seq, text) pairs from seq 1 on
+-- Returns {'restored', routes, 1 when the record was made again, else 0} | {'fenced'}
+--       | {'missing'} the record is gone, and was left alone or may have ended
 local record = redis.call('HMGET', KEYS[1], 'status', 'attempt', 'owner', 'routes')
 local ours = tonumber(ARGV[1])
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local top = redis.call('XREVRANGE', KEYS[2], '+', '-', 'COUNT', 1)
 local topAttempt, topSeq = 0, -1
 if top[1] then
@@ -16,14 +22,18 @@ if record[1] then
   local attempt = tonumber(record[2])
   if attempt > ours or (attempt == ours and record[3] ~= ARGV[2]) then return { 'fenced' } end
   if attempt == ours and record[1] ~= 'running' then return { 'fenced' } end
-elseif ARGV[9] == '' or (top[1] and top[1][2][1] ~= 'start' and top[1][2][1] ~= 'token') then
-  return { 'missing' }
+else
+  local requestedMs = tonumber(string.match(ARGV[3], '(%d+)%-%d+$'))
+  local hasEnded = top[1] and top[1][2][1] ~= 'start' and top[1][2][1] ~= 'token'
+  if ARGV[6] == '' or hasEnded or now - requestedMs >= tonumber(ARGV[5]) then return { 'missing' } end
 end
 if topAttempt > ours then return { 'fenced' } end
-if not record[1] then
-  record[4] = ARGV[6]
-  redis.call('HSET', KEYS[1], 'tries', ARGV[7], 'node', ARGV[6], 'routes', ARGV[6], 'payload', ARGV[9])
-  redis.call('HSET', KEYS[3], ARGV[5], ARGV[8])
+local isGone = not record[1]
+if isGone then
+  record[4] = ARGV[9]
+  redis.call('HSET', KEYS[1], 'tries', ARGV[10], 'node', ARGV[8], 'routes', ARGV[9], 'payload', ARGV[6])
+  if ARGV[12] ~= '' then redis.call('HSET', KEYS[1], 'trace', ARGV[12]) end
+  redis.call('HSET', KEYS[3], ARGV[7], ARGV[11])
   redis.call('PEXPIRE', KEYS[3], ARGV[4])
 end
 if topAttempt < ours then topSeq = -1 end
@@ -33,13 +43,11 @@ if topSeq > 0 and #redis.call('XRANGE', KEYS[2], ours .. '-0', '+') <= topSeq th
   redis.call('DEL', KEYS[2])
   topSeq = -1
 end
-local time = redis.call('TIME')
-redis.call('HSET', KEYS[1], 'status', 'running', 'attempt', ours, 'owner', ARGV[2], 'entry', ARGV[3],
-  'beat', time[1] * 1000 + math.floor(time[2] / 1000))
+redis.call('HSET', KEYS[1], 'status', 'running', 'attempt', ours, 'owner', ARGV[2], 'entry', ARGV[3], 'beat', now)
 if topSeq < 0 then redis.call('XADD', KEYS[2], ours .. '-0', 'start', ours) end
-for i = 10, #ARGV, 2 do
+for i = 13, #ARGV, 2 do
   if tonumber(ARGV[i]) > topSeq then redis.call('XADD', KEYS[2], ours .. '-' .. ARGV[i], 'token', ARGV[i + 1]) end
 end
 redis.call('PEXPIRE', KEYS[1], ARGV[4])
 redis.call('PEXPIRE', KEYS[2], ARGV[4])
-return { 'restored', record[4] or '' }
+return { 'restored', record[4] or '', isGone and 1 or 0 }

@@ -67,7 +67,7 @@ async function admit(messageId: string, through = appender): Promise<AnswerWrite
     logger: () => pino({ level: 'silent' }),
     payload: '{"contents":"hi"}',
     tries: 1,
-    retentionMs: 60_000,
+    trace: '',
     onFenced() {},
     onMended() {},
     isLeaving: () => false,

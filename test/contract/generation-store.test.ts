@@ -6,7 +6,9 @@ import { after, before, test } from 'node:test';
 import { setTimeout as delay } from 'node:timers/promises';
 import pino from 'pino';
 import { createAdmission } from '../../gateway/admission.ts';
+import { cancelGeneration } from '../../gateway/cancel.ts';
 import { createDelivery, type Follower } from '../../gateway/delivery.ts';
+import type { GatewayMetrics } from '../../gateway/metrics.ts';
 import { createQueuePlaces } from '../../gateway/queue-places.ts';
 import { startRedisServer } from '../../infra/redis-server.ts';
 import { type Attempt, createGenerationStore, type GenerationStore } from '../../shared/generation-store.ts';
@@ -266,19 +268,38 @@ test('finish does not close a log that lacks frames; restore puts them back unde
   assert.equal((await store.finish(attempt, null, 4, DONE, said('abc'))).state, 'ended');
 });
 
-test('restore makes a lost record again, with its place and its log, unless it may have ended', async () => {
+/** An attempt whose request was appended a moment ago, by the clock of Redis. */
+async function justAsked(user: string, messageId: string, conversationId?: string): Promise<Attempt> {
+  await admit(user, messageId, conversationId);
+  const entry = `${(await redis.client.time())[0]}000-0`;
+  return { ...(await running(user, messageId, 'w1', entry)), entry };
+}
+
+const lost = (payload: object = { contents: 'hi' }) => ({
+  payload: JSON.stringify(payload),
+  tries: 1,
+  trace: 'a trace',
+  routes: ['n1', 'n3'],
+});
+
+test('restore makes a lost record again, with its place and its log', async () => {
   const user = nextUser();
-  await admit(user, 'm', 'c1');
-  const attempt = await running(user, 'm');
+  const attempt = await justAsked(user, 'm', 'c1');
   await append(attempt, 1, 'a');
-  const request = { payload: JSON.stringify({ contents: 'hi', conversationId: 'c1' }), tries: 1 };
-  const { node, entry } = attempt;
-  for (const lost of [[keys.generation(user, 'm')], await redis.client.keys(`*${user}*`)]) {
-    await redis.client.del(...lost);
-    assert.equal((await store.restore(attempt, ['a', 'b'])).state, 'missing', 'it may have ended');
-    assert.deepEqual(await store.restore(attempt, ['a', 'b'], request), {
+  const known = lost({ contents: 'hi', conversationId: 'c1' });
+  for (const gone of [[keys.generation(user, 'm')], await redis.client.keys(`*${user}*`)]) {
+    await redis.client.del(...gone);
+    assert.deepEqual(await store.restore(attempt, ['a', 'b']), { state: 'missing' });
+    const routes = ['n1', 'n3'];
+    assert.deepEqual(await store.restore(attempt, ['a', 'b'], known), {
       state: 'restored',
-      routes: [node],
+      routes,
+      again: true,
+    });
+    assert.deepEqual(await store.restore(attempt, ['a', 'b'], known), {
+      state: 'restored',
+      routes,
+      again: false,
     });
     assert.deepEqual(await ids(user, 'm'), ['1-0', '1-1', '1-2']);
     assert.equal(await redis.client.hget(keys.active(user), 'm'), 'c1', 'it has its place');
@@ -289,23 +310,30 @@ test('restore makes a lost record again, with its place and its log, unless it m
       assert.ok((await redis.client.pttl(key)) > 60_000, `${key} expires, but not yet`);
   }
   // Should this worker die too: the next one has the question, and goes above what was shown.
-  const next = await begin(user, 'm', 'w2', entry);
+  const next = await begin(user, 'm', 'w2', attempt.entry);
   assert.ok(next.state === 'run');
-  assert.deepEqual([next.attempt, next.tries, JSON.parse(next.payload).contents], [2, 2, 'hi']);
-  assert.equal((await store.restore(attempt, ['a', 'b'], request)).state, 'fenced', 'it was taken over');
+  assert.deepEqual([next.attempt, next.tries, next.trace], [2, 2, 'a trace']);
+  assert.deepEqual(JSON.parse(next.payload), { contents: 'hi', conversationId: 'c1' });
+  assert.equal((await store.restore(attempt, ['a', 'b'], known)).state, 'fenced', 'it was taken over');
   await redis.client.del(keys.generation(user, 'm'));
-  assert.equal((await store.restore(attempt, ['a', 'b'], request)).state, 'fenced', 'the log says so too');
+  assert.equal((await store.restore(attempt, ['a', 'b'], known)).state, 'fenced', 'the log says so too');
 });
 
-test('restore leaves an ended answer alone whose record is gone and whose log is not', async () => {
+test('restore leaves a record alone that is gone because its answer has, or may have, ended', async () => {
   const user = nextUser();
-  await admit(user, 'm');
-  const attempt = await running(user, 'm');
-  assert.equal((await store.finish(attempt, null, 1, DONE, said(''))).state, 'ended');
-  await redis.client.del(keys.generation(user, 'm'));
-  const request = { payload: '{"contents":"hi"}', tries: 1 };
-  assert.equal((await store.restore(attempt, [], request)).state, 'missing');
-  assert.equal(await store.inspect({ user, messageId: 'm' }), null);
+  const ended = await justAsked(user, 'ended');
+  assert.equal((await store.finish(ended, null, 1, DONE, said(''))).state, 'ended');
+  await redis.client.del(keys.generation(user, 'ended')); // its log is still there
+  assert.equal((await store.restore(ended, [], lost())).state, 'missing');
+  const old = await justAsked(user, 'old');
+  await redis.client.del(...(await redis.client.keys(`*${user}*`)));
+  const askedMs = Number(old.entry.split('-')[0]) - 60_000; // RETENTION_MS ago: it may have ended, and expired
+  assert.equal((await store.restore({ ...old, entry: `${askedMs}-0` }, [], lost())).state, 'missing');
+  assert.equal(
+    (await store.restore({ ...old, entry: `${askedMs + 10_000}-0` }, [], lost())).state,
+    'restored',
+  );
+  assert.equal(await store.inspect({ user, messageId: 'ended' }), null);
 });
 
 test('cancel ends it at once, keeps the text, counts UTF-16 units, and fences the worker', async () => {
@@ -780,17 +808,15 @@ test('what a worker wrote before it knew of a node reaches the client there with
 
 test('an answer that Redis has forgotten goes on when its worker puts it back', async () => {
   const user = nextUser();
-  await admit(user, 'm');
-  const attempt = await running(user, 'm');
+  const attempt = await justAsked(user, 'm');
   await append(attempt, 1, 'seen');
   const { delivery, got } = await follow(user, '1-1');
   await redis.client.del(...(await redis.client.keys(`*${user}*`)));
   await delivery.heal(store.progress, true);
   await delay(700); // a worker that has still to reconnect
-  const request = { payload: '{"contents":"hi"}', tries: 1 };
-  assert.equal((await store.restore(attempt, ['seen', ' and this'], request)).state, 'restored');
+  assert.equal((await store.restore(attempt, ['seen', ' and this'], lost())).state, 'restored');
   await eventually('the rest', () => got.length > 0, 1_500);
-  const isRouted = async () => (await redis.client.hget(keys.generation(user, 'm'), 'routes')) === 'n1,n2';
+  const isRouted = async () => (await redis.client.hget(keys.generation(user, 'm'), 'routes')) === 'n1,n3,n2';
   await eventually('the next frames come here too', isRouted, 1_500);
   delivery.stop();
   assert.deepEqual(
@@ -801,17 +827,41 @@ test('an answer that Redis has forgotten goes on when its worker puts it back', 
 
 test('frames that stayed away because a record was made again are read once, then they come by themselves', async () => {
   const user = nextUser();
-  await admit(user, 'm');
-  const attempt = await running(user, 'm');
+  const attempt = await justAsked(user, 'm');
   await append(attempt, 1, 'seen');
   const { delivery, got } = await follow(user, '1-1');
   await redis.client.del(...(await redis.client.keys(`*${user}*`)));
-  const request = { payload: '{"contents":"hi"}', tries: 1 };
-  assert.equal((await store.restore(attempt, ['seen', ' and this'], request)).state, 'restored');
+  assert.equal((await store.restore(attempt, ['seen', ' and this'], lost())).state, 'restored');
   await delivery.heal(store.progress, true);
   await eventually('the frame', () => got.length > 0, 1_500);
-  const isRouted = async () => (await redis.client.hget(keys.generation(user, 'm'), 'routes')) === 'n1,n2';
+  const isRouted = async () => (await redis.client.hget(keys.generation(user, 'm'), 'routes')) === 'n1,n3,n2';
   await eventually('the next frames come here too', isRouted, 1_500);
+  delivery.stop();
+});
+
+test('a stop holds for an answer that Redis has forgotten, if somebody follows it here', async () => {
+  const user = nextUser();
+  const attempt = await justAsked(user, 'm');
+  await append(attempt, 1, 'seen');
+  const { delivery, got } = await follow(user, '1-1');
+  const stop = (messageId: string) => {
+    const metrics = { cancelled: { inc() {} } } as unknown as GatewayMetrics;
+    return cancelGeneration({ store, redis, keys, queue, delivery, metrics }, user, messageId);
+  };
+  await redis.client.del(...(await redis.client.keys(`*${user}*`)));
+  assert.equal(await stop('of nobody'), false);
+  const stopped = stop('m');
+  await delay(700); // a worker that has still to reconnect
+  assert.equal((await store.restore(attempt, ['seen'], lost())).state, 'restored');
+  assert.equal(await stopped, true);
+  assert.equal((await store.inspect({ user, messageId: 'm' }))?.status, 'cancelled');
+  assert.match(String(await append(attempt, 2, 'late')), /equal or smaller/);
+  await delivery.heal(store.progress, true);
+  await eventually('the end', () => got.length > 0, 1_500);
+  assert.deepEqual(
+    got.map(({ id, type }) => [id, type]),
+    [['2-0', 'done']],
+  );
   delivery.stop();
 });
 
