@@ -4,37 +4,28 @@ import type { Keys } from '../shared/keys.ts';
 import { type RedisConnection, retrying } from '../shared/redis.ts';
 import { addressHead, encodeLines, publishCommands } from '../shared/reply-stream.ts';
 import type { RequestQueue } from '../shared/request-queue.ts';
-import { type Delivery, GONE_LOOK_MS, GONE_MS } from './delivery.ts';
+import { GONE_LOOK_MS, GONE_MS } from './delivery.ts';
 import type { GatewayMetrics } from './metrics.ts';
+
+interface CancelParts {
+  store: GenerationStore;
+  redis: RedisConnection;
+  keys: Keys;
+  queue: RequestQueue;
+  metrics: GatewayMetrics;
+}
 
 /**
  * Ends a user's generation: its terminal frame is in the log at once and on its way to whoever follows it; the
- * worker learns of it at its next append. False when there is no such generation; one that has ended stays as it is. One that
- * is followed here and that Redis has lost is waited for: its worker makes it again, and would not know of the stop.
+ * worker learns of it at its next append. False when there is no such generation; one that has ended stays as it is.
  */
 export async function cancelGeneration(
-  parts: {
-    store: GenerationStore;
-    redis: RedisConnection;
-    keys: Keys;
-    queue: RequestQueue;
-    delivery: Delivery;
-    metrics: GatewayMetrics;
-  },
+  parts: CancelParts,
   user: string,
   messageId: string,
 ): Promise<boolean> {
-  const { store, redis, keys, queue, delivery, metrics } = parts;
-  const deadline = performance.now() + GONE_MS;
-  let cancelled = await store.cancel(user, messageId);
-  while (
-    cancelled.state === 'unknown' &&
-    delivery.isFollowed(user, messageId) &&
-    performance.now() < deadline
-  ) {
-    await delay(GONE_LOOK_MS);
-    cancelled = await store.cancel(user, messageId);
-  }
+  const { store, redis, keys, queue, metrics } = parts;
+  const cancelled = await store.cancel(user, messageId);
   if (cancelled.state === 'unknown') return false;
   if (cancelled.state === 'ended') return true;
   metrics.cancelled.inc();
@@ -46,4 +37,16 @@ export async function cancelGeneration(
   );
   if (node) await retrying(() => queue.removeQueued(node, user, messageId));
   return true;
+}
+
+/**
+ * The same for one that somebody followed and that Redis does not know any more: it is waited for, because its worker makes
+ * it again, and would not know of the stop.
+ */
+export async function cancelWhenBack(parts: CancelParts, user: string, messageId: string): Promise<boolean> {
+  for (const deadline = performance.now() + GONE_MS; performance.now() < deadline; ) {
+    await delay(GONE_LOOK_MS);
+    if (await cancelGeneration(parts, user, messageId)) return true;
+  }
+  return false;
 }

@@ -23,9 +23,9 @@ import { takeAnswers } from '../shared/redis.ts';
  *
  * After a failover Redis may know less of an answer than its clients have seen, or nothing. Mostly its worker puts that
  * back, and goes on: it is waited for. But an attempt that nobody remembers may be opened once more, by another, and ids
- * no longer tell two texts apart. Signs of it are a record that knows of fewer attempts than were shown, and a second
- * `start` in a log that is shorter than what was shown. Then the client is given the whole log, after a `resumed` that
- * tells it so.
+ * no longer tell two texts apart. Signs of it are a record that was gone for a while, one that knows of fewer attempts than
+ * were shown, and a second `start` in a log that is shorter than what was shown. Then the client is given the whole log,
+ * after a `resumed` that tells it so.
  */
 
 const HELD_FRAMES = 32;
@@ -195,9 +195,10 @@ export function createDelivery(parts: {
   /** @param unrouted its worker may not know that this node wants the frames: they stayed away */
   async function read(subscription: Subscription, unrouted = false): Promise<void> {
     subscription.state = 'reading';
-    let asked = !unrouted && subscription.goneMs === 0;
+    let asked = !unrouted;
     try {
-      if (subscription.forgotten && !(await stillThere(subscription, true))) return;
+      const mistrusted = subscription.forgotten || subscription.goneMs > 0;
+      if (mistrusted && !(await stillThere(subscription, true))) return;
       for (;;) {
         subscription.more = false;
         const { user, messageId, position } = subscription;
@@ -249,7 +250,7 @@ export function createDelivery(parts: {
     const look = async () => {
       if (subscription.state !== 'live' || subscription.position !== position) return;
       const { entries } = await store.readLog(user, messageId, position, 1);
-      if (entries.length > 0 && subscription.state === 'live') void read(subscription);
+      if (entries.length > 0 && subscription.state === 'live') void read(subscription, true);
     };
     setTimeout(() => look().catch(() => {}), 2 * ROUTES_MS).unref(); // on an error, `heal` sees to it
   }
@@ -271,7 +272,6 @@ export function createDelivery(parts: {
       lose(subscription);
       return false;
     }
-    const wasGone = subscription.goneMs > 0;
     subscription.goneMs = 0;
     const ended = !isOpenStatus(attached.status);
     if (anew) subscription.forgotten = false;
@@ -280,7 +280,7 @@ export function createDelivery(parts: {
       return false;
     }
     // What this client has of it may be in the middle of a text that is whole now, or be of another one: it replays.
-    if (!attached.recovered && (anew || wasGone || ended)) {
+    if (!attached.recovered && (anew || ended)) {
       subscription.follower.sendText(
         JSON.stringify({
           type: 'resumed',

@@ -1,4 +1,5 @@
 import { randomBytes } from 'node:crypto';
+import { setTimeout as delay } from 'node:timers/promises';
 import type { Logger } from 'pino';
 import { ERRORS, type ErrorCode, RivuletError } from '../shared/errors.ts';
 import type { GenerationStore } from '../shared/generation-store.ts';
@@ -19,8 +20,8 @@ import type { Tracing } from '../shared/tracing.ts';
 import type { AdmissionDesk } from './admission.ts';
 import { watchAnswer, watchOrEnd } from './answer-watch.ts';
 import { type Authenticate, whenExpired } from './authenticate.ts';
-import { cancelGeneration } from './cancel.ts';
-import type { Delivery, Follower, Subscription } from './delivery.ts';
+import { cancelGeneration, cancelWhenBack } from './cancel.ts';
+import { type Delivery, type Follower, GONE_LOOK_MS, type Subscription } from './delivery.ts';
 import type { Mailbox, Mailboxes, MailboxOwner, Opened } from './mailboxes.ts';
 import type { GatewayMetrics } from './metrics.ts';
 import type { PeopleDesk } from './people-desk.ts';
@@ -36,6 +37,7 @@ import { type AddressLimit, type FrameRates, frameCost, type Rated } from './rat
  */
 
 const LINE_FRAMES = 64; // frames of one client that may wait for Redis
+const LOOKS = 2; // for an answer that Redis does not know any more, by who comes back to it
 export const STRIKES = 20; // frames that make no sense, in a row, until we hang up
 export const REFUSALS = 1_000; // frames above the rate, in a row, until we hang up
 const AWAY = 'The message store does not answer.';
@@ -105,6 +107,8 @@ export class Session implements Rated, Follower, MailboxOwner {
   private line: ClientFrame[] | null = null;
   /** What this connection follows, by message id; null while it follows nothing. */
   private following: Map<string, Subscription> | null = null;
+  /** What it followed when it was closed with stops in line. */
+  private left: Set<string> | null = null;
   private mailbox: Mailbox | null = null;
   private forgetExpiry: (() => void) | null = null;
   readonly openedMs = Math.floor(performance.now()); // whole numbers take no memory of their own
@@ -201,6 +205,7 @@ export class Session implements Rated, Follower, MailboxOwner {
     this.forgetExpiry?.();
     // Nobody waits for an answer any more, but who pressed stop before leaving has stopped: `work` sees to that.
     this.line = this.line?.filter(({ type }) => type === 'cancel') ?? null;
+    if (this.line && this.following) this.left = new Set(this.following.keys());
     if (this.following)
       for (const subscription of [...this.following.values()]) this.parts.delivery.drop(subscription);
     this.following = null;
@@ -441,6 +446,12 @@ export class Session implements Rated, Follower, MailboxOwner {
     let attached: Awaited<ReturnType<GenerationStore['attach']>>;
     try {
       attached = await store.attach(this.userId, messageId, node, after);
+      // Who has seen some of it may come while its worker is about to make it again.
+      for (let look = 0; look < LOOKS && attached.state === 'unknown' && after !== ''; look++) {
+        await delay(GONE_LOOK_MS);
+        if (subscription.state === 'ended') return;
+        attached = await store.attach(this.userId, messageId, node, after);
+      }
       if (attached.state === 'attached' && isOpenStatus(attached.status)) {
         subscription.home = attached.node;
         places.doubt(attached.node, this.userId, messageId);
@@ -465,9 +476,21 @@ export class Session implements Rated, Follower, MailboxOwner {
     else delivery.lose(subscription); // its log was deleted
   }
 
-  private async cancel({ messageId }: ClientFrameOf<'cancel'>): Promise<void> {
-    if (!(await cancelGeneration(this.parts, this.userId, messageId)))
+  private async cancel(frame: ClientFrameOf<'cancel'>): Promise<void> {
+    const { messageId } = frame;
+    const mayComeBack = this.following?.has(messageId) || this.left?.has(messageId);
+    if (await cancelGeneration(this.parts, this.userId, messageId)) return;
+    if (!mayComeBack) {
       this.reject(messageId, 'unknown_message');
+      return;
+    }
+    // Not in line: the frames behind it do not wait for that.
+    cancelWhenBack(this.parts, this.userId, messageId).then(
+      (cancelled) => {
+        if (!cancelled) this.reject(messageId, 'unknown_message');
+      },
+      (error) => this.fail(frame, error),
+    );
   }
 
   private follow(messageId: string): Subscription {

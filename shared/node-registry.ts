@@ -47,6 +47,14 @@ export function createNodeRegistry({ redis, keys }: { redis: RedisConnection; ke
       )) as [number, number?];
       return taken === 1 ? 0 : leftMs!;
     },
+    /** Lists a gateway that the registry has lost, until what is queued for it is drained. */
+    async adopt(node: string): Promise<void> {
+      const entry = { startedAt: 0, url: null, connections: 0, instance: '', until: 0 } satisfies Omit<
+        NodeEntry,
+        'node'
+      >;
+      await redis.script('adopt_node', [keys.nodes()], [node, JSON.stringify(entry)]);
+    },
     async leave(node: string, instance: string): Promise<void> {
       await redis.script('leave_node', [keys.nodes()], [node, instance]);
     },

@@ -3,6 +3,7 @@ import type { Logger } from 'pino';
 import { backoffMs } from '../shared/backoff.ts';
 import { RivuletError } from '../shared/errors.ts';
 import type { Attempt, Begun, GenerationStore, Terminal } from '../shared/generation-store.ts';
+import type { NodeRegistry } from '../shared/node-registry.ts';
 import { type ChatPayload, isOpenStatus, type Usage } from '../shared/protocol.ts';
 import { PATIENT, retrying } from '../shared/redis.ts';
 import type { QueuedRequest, RequestQueue } from '../shared/request-queue.ts';
@@ -41,6 +42,7 @@ export interface RequestParts {
   handler: Handler;
   store: GenerationStore;
   queue: RequestQueue;
+  registry: NodeRegistry;
   appender: Appender;
   log: Logger;
   finishedLogs: FinishedLogs;
@@ -272,8 +274,10 @@ export function runRequest(request: QueuedRequest, parts: RequestParts): Running
     /** A record that was made again needs a request that carries it, should this worker die. */
     async function carryAgain(): Promise<void> {
       try {
-        const lost = await queue.extend(request.node, worker, [request.entry]);
-        if (lost.length > 0) await queue.retryLater(request, worker, config.LEASE_MS);
+        const lost = await retrying(() => queue.extend(request.node, worker, [request.entry]), PATIENT);
+        if (lost.length === 0) return;
+        await queue.retryLater(request, worker, config.LEASE_MS);
+        await retrying(() => parts.registry.adopt(request.node), PATIENT); // its gateway may have left before
       } catch (error) {
         logger().warn({ err: (error as Error).message }, 'no request may carry this answer');
       }

@@ -116,6 +116,7 @@ export async function startWorker(config: WorkerConfig, handler: Handler, log: L
       handler,
       store,
       queue,
+      registry,
       appender,
       log,
       finishedLogs,

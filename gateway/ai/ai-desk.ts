@@ -8,7 +8,7 @@ import type { RequestQueue } from '../../shared/request-queue.ts';
 import type { Tracing } from '../../shared/tracing.ts';
 import type { AdmissionDesk } from '../admission.ts';
 import { watchAnswer, watchOrEnd } from '../answer-watch.ts';
-import { cancelGeneration } from '../cancel.ts';
+import { cancelGeneration, cancelWhenBack } from '../cancel.ts';
 import type { Delivery, Follower, Subscription } from '../delivery.ts';
 import type { GatewayMetrics } from '../metrics.ts';
 import type { QueuePlaces } from '../queue-places.ts';
@@ -125,6 +125,12 @@ export function createAiDesk(parts: DeskParts) {
     });
   }
 
+  /** The open answer of a chat whose key was lost: its worker makes the record again, and its place, but not that. */
+  async function findOpen(user: string, chat: string): Promise<string | null> {
+    const open = await retrying(() => redis.client.hgetall(keys.active(user)));
+    return Object.keys(open).find((messageId) => open[messageId] === chat) ?? null;
+  }
+
   function follow(stream: AiStream): Subscription {
     const subscription = delivery.hold(stream, stream.user, stream.messageId);
     stream.subscription = subscription;
@@ -195,7 +201,7 @@ export function createAiDesk(parts: DeskParts) {
             ['set', keys.aiChat(user, chat), messageId, 'PX', CHAT_MS],
             ['get', keys.aiStop(user, chat)],
           );
-          if (stop !== null && stop !== lastStop) await this.cancel(user, chat, messageId);
+          if (stop !== null && stop !== lastStop) await this.cancel(user, chat, messageId, false);
           if (admission.state === 'joined') {
             metrics.joined.inc();
             if (await attach(stream, subscription)) return stream;
@@ -222,7 +228,8 @@ export function createAiDesk(parts: DeskParts) {
     async resume(user: string, chatId: string, sink: Sink, resets: boolean): Promise<AiStream | null> {
       await door.assertAllowed(user);
       const chat = conversationOf(chatId);
-      const messageId = await retrying(() => redis.client.get(keys.aiChat(user, chat)));
+      const named = await retrying(() => redis.client.get(keys.aiChat(user, chat)));
+      const messageId = named ?? (await findOpen(user, chat));
       if (messageId === null) return null;
       metrics.resumed.inc();
       const stream = new AiStream(user, chat, messageId, sink, resets);
@@ -240,15 +247,19 @@ export function createAiDesk(parts: DeskParts) {
     /** Ends what runs in a chat, and what is on its way in. False when nothing runs. */
     async stop(user: string, chatId: string): Promise<boolean> {
       const chat = conversationOf(chatId);
-      const messageId = await inOrder(
+      const named = await inOrder(
         ['set', keys.aiStop(user, chat), randomUUID(), 'PX', STOP_MS],
         ['get', keys.aiChat(user, chat)],
       );
-      return messageId !== null && this.cancel(user, chat, messageId);
+      const messageId = named ?? (await findOpen(user, chat));
+      return messageId !== null && this.cancel(user, chat, messageId, delivery.isFollowed(user, messageId));
     },
 
-    async cancel(user: string, chat: string, messageId: string): Promise<boolean> {
-      const cancelled = await cancelGeneration(parts, user, messageId);
+    /** @param followed somebody followed it here: should Redis have lost it, it may come back */
+    async cancel(user: string, chat: string, messageId: string, followed: boolean): Promise<boolean> {
+      const cancelled =
+        (await cancelGeneration(parts, user, messageId)) ||
+        (followed && (await cancelWhenBack(parts, user, messageId)));
       await this.settle(user, chat, messageId);
       return cancelled;
     },

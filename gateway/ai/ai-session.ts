@@ -328,7 +328,7 @@ export class AiSession implements Rated, AiGuest {
     this.requests.delete(request.id);
     this.parts.aiDesk.leave(stream);
     const cancel = async () => {
-      await this.parts.aiDesk.cancel(stream.user, stream.chat, stream.messageId);
+      await this.parts.aiDesk.cancel(stream.user, stream.chat, stream.messageId, true);
     };
     if (request.kind === 'send') return cancel();
     const pending: PendingAbort = {

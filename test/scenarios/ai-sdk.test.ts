@@ -651,6 +651,26 @@ test('HTTP: a long silence is kept alive, and a client that has left is forgotte
   assert.deepEqual(await stopped.json(), { success: true, stopped: true });
 });
 
+test('HTTP: an answer whose chat Redis has forgotten is resumed and stopped all the same', async (t) => {
+  const { http } = stack.gateways[0]!;
+  const controller = new AbortController();
+  t.after(() => controller.abort());
+  const call = (path: string, init: RequestInit = {}) =>
+    fetch(`${http}/api/chat${path}?userId=21043`, { signal: controller.signal, ...init });
+  const body = { id: 'forgotten', messages: [user('u1', 'x')], ...parameters(2_000, 10) };
+  const asked = await call('', { method: 'POST', body: JSON.stringify(body) });
+  await asked.body!.getReader().read();
+  const [key] = await stack.look.client.keys(`${stack.keys.aiChat('21043', '*')}`);
+  assert.ok(key);
+  await stack.look.client.del(key);
+  const resumed = await call('/forgotten/stream');
+  assert.equal(resumed.status, 200);
+  await resumed.body!.getReader().read();
+  const stopped = await call('/forgotten/stop', { method: 'POST' });
+  assert.deepEqual(await stopped.json(), { success: true, stopped: true });
+  assert.equal((await call('/forgotten/stream')).status, 204, 'nothing runs any more');
+});
+
 /** A moderation hook that answers when it is told to. */
 async function startHook(t: TestContext): Promise<{ waiting: ServerResponse[]; url: string }> {
   const waiting: ServerResponse[] = [];
