@@ -195,7 +195,7 @@ export function createDelivery(parts: {
   /** @param unrouted its worker may not know that this node wants the frames: they stayed away */
   async function read(subscription: Subscription, unrouted = false): Promise<void> {
     subscription.state = 'reading';
-    let asked = !unrouted;
+    let asks = unrouted;
     try {
       const mistrusted = subscription.forgotten || subscription.goneMs > 0;
       if (mistrusted && !(await stillThere(subscription, true))) return;
@@ -206,9 +206,9 @@ export function createDelivery(parts: {
         if (!isOpen(subscription)) return;
         subscription.lastMs = performance.now();
         if (!sendEntries(subscription, page.entries)) return;
-        if (page.entries.length === 0 || (!asked && !page.more)) {
+        if (page.entries.length === 0 || (asks && !page.more)) {
           if (!(await stillThere(subscription))) return;
-          asked = true;
+          asks = false;
         }
         if (!page.more && !subscription.more) break;
       }

@@ -24,6 +24,7 @@ import { cancelGeneration, cancelWhenBack } from './cancel.ts';
 import { type Delivery, type Follower, GONE_LOOK_MS, type Subscription } from './delivery.ts';
 import type { Mailbox, Mailboxes, MailboxOwner, Opened } from './mailboxes.ts';
 import type { GatewayMetrics } from './metrics.ts';
+import { nowMs } from './now-ms.ts';
 import type { PeopleDesk } from './people-desk.ts';
 import type { QueuePlaces } from './queue-places.ts';
 import { type AddressLimit, type FrameRates, frameCost, type Rated } from './rate-limits.ts';
@@ -111,7 +112,7 @@ export class Session implements Rated, Follower, MailboxOwner {
   private left: Set<string> | null = null;
   private mailbox: Mailbox | null = null;
   private forgetExpiry: (() => void) | null = null;
-  readonly openedMs = Math.floor(performance.now()); // whole numbers take no memory of their own
+  readonly openedMs = nowMs();
 
   constructor(connection: ClientConnection, urlToken: string, address: string, parts: SessionParts) {
     this.connection = connection;
@@ -138,7 +139,7 @@ export class Session implements Rated, Follower, MailboxOwner {
   }
 
   onText(text: string): void {
-    const waitMs = this.parts.rates.take(this, Math.floor(performance.now()), text.length);
+    const waitMs = this.parts.rates.take(this, nowMs(), text.length);
     if (waitMs > 0) {
       this.refuse(text, waitMs);
       return;

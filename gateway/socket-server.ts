@@ -1,5 +1,6 @@
 import uws, { type HttpRequest, type HttpResponse, type ListenSocket, type WebSocket } from 'uWebSockets.js';
 import { STATUS_CODES } from 'node:http';
+import { nowMs } from './now-ms.ts';
 
 /**
  * The only file that knows uWebSockets.js. It turns its sockets into `Connection`s and its HTTP into plain
@@ -89,9 +90,6 @@ export interface SocketServerOptions {
 interface UserData {
   connection: Connection;
 }
-
-/** Whole milliseconds: an idle socket keeps several times, and a fraction would make each an object of its own. */
-const nowMs = () => Math.floor(performance.now());
 
 /** One client's socket. */
 export class Connection {

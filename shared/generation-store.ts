@@ -460,17 +460,6 @@ export function createGenerationStore({
       lost: LostRecord | null = null,
     ): Promise<{ state: 'restored'; routes: string[]; again: boolean } | { state: 'fenced' | 'missing' }> {
       const { user, messageId, node } = attempt;
-      const record = lost
-        ? [
-            lost.payload,
-            messageId,
-            node,
-            lost.routes.join(',') || node,
-            lost.tries,
-            (JSON.parse(lost.payload) as ChatPayload).conversationId ?? '',
-            lost.trace,
-          ]
-        : ['', messageId, node, '', 0, '', ''];
       const reply = (await redis.script(
         'restore',
         [keys.generation(user, messageId), keys.log(user, messageId), keys.active(user)],
@@ -480,7 +469,13 @@ export function createGenerationStore({
           carrierOf(attempt),
           OPEN_RECORD_MS,
           retentionMs,
-          ...record,
+          lost?.payload ?? '',
+          messageId,
+          node,
+          lost?.routes.join(',') || node,
+          lost?.tries ?? 0,
+          lost ? ((JSON.parse(lost.payload) as ChatPayload).conversationId ?? '') : '',
+          lost?.trace ?? '',
           ...texts.flatMap((text, index) => [index + 1, text]),
         ],
       )) as [string, string?, number?];

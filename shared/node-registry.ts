@@ -53,7 +53,7 @@ export function createNodeRegistry({ redis, keys }: { redis: RedisConnection; ke
         NodeEntry,
         'node'
       >;
-      await redis.script('adopt_node', [keys.nodes()], [node, JSON.stringify(entry)]);
+      await client.hsetnx(keys.nodes(), node, JSON.stringify(entry));
     },
     async leave(node: string, instance: string): Promise<void> {
       await redis.script('leave_node', [keys.nodes()], [node, instance]);

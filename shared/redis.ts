@@ -78,7 +78,6 @@ const scripts = loadScripts();
 export type ScriptName =
   | 'ack'
   | 'ack_inbox'
-  | 'adopt_node'
   | 'admit'
   | 'admit_and_enqueue'
   | 'append_and_publish'

@@ -36,14 +36,11 @@ if isGone then
   redis.call('HSET', KEYS[3], ARGV[7], ARGV[11])
   redis.call('PEXPIRE', KEYS[3], ARGV[4])
 end
-if topAttempt < ours then topSeq = -1 end
-if isGone and topAttempt == ours then -- nobody can say whose frames these are
-  redis.call('DEL', KEYS[2])
-  topSeq = -1
-end
--- A failover can lose frames and still take the next one: a log with a hole is written anew, with the same ids.
--- Older attempts go with it; who asks for a place in them is told so and starts from this attempt.
-if topSeq > 0 and #redis.call('XRANGE', KEYS[2], ours .. '-0', '+') <= topSeq then
+-- A failover can lose frames and still take the next one: a log with a hole is written anew, with the same ids, and so is
+-- one without its record, because nobody can say whose frames it has. Older attempts go with it; who asks for a place in
+-- them is told so and starts from this attempt.
+if topAttempt < ours then topSeq = -1
+elseif isGone or #redis.call('XRANGE', KEYS[2], ours .. '-0', '+') <= topSeq then
   redis.call('DEL', KEYS[2])
   topSeq = -1
 end

@@ -275,6 +275,11 @@ async function justAsked(user: string, messageId: string, conversationId?: strin
   return { ...(await running(user, messageId, 'w1', entry)), entry };
 }
 
+/** Redis loses all that it has of a user. */
+async function forget(user: string): Promise<void> {
+  await redis.client.del(...(await redis.client.keys(`*${user}*`)));
+}
+
 const lost = (payload: object = { contents: 'hi' }) => ({
   payload: JSON.stringify(payload),
   tries: 1,
@@ -326,7 +331,7 @@ test('restore leaves a record alone that is gone because its answer has, or may 
   await redis.client.del(keys.generation(user, 'ended')); // its log is still there
   assert.equal((await store.restore(ended, [], lost())).state, 'missing');
   const old = await justAsked(user, 'old');
-  await redis.client.del(...(await redis.client.keys(`*${user}*`)));
+  await forget(user);
   const askedMs = Number(old.entry.split('-')[0]) - 60_000; // RETENTION_MS ago: it may have ended, and expired
   assert.equal((await store.restore({ ...old, entry: `${askedMs}-0` }, [], lost())).state, 'missing');
   assert.equal(
@@ -769,8 +774,11 @@ test('a log with a hole, as a failover can leave it, is written anew with the sa
   );
 });
 
-/** A client on node n2 that has seen the log of an answer up to an id, and what it is sent from then on. */
-async function follow(user: string, position: string) {
+/** An answer, a client on node n2 that has seen all of it so far, and what that is sent from then on. */
+async function followed() {
+  const user = nextUser();
+  const attempt = await justAsked(user, 'm');
+  await append(attempt, 1, 'seen');
   const delivery = createDelivery({
     store,
     node: 'n2',
@@ -785,18 +793,18 @@ async function follow(user: string, position: string) {
     open: true,
   };
   const subscription = delivery.hold(follower, user, 'm');
-  const attached = await store.attach(user, 'm', 'n2', position);
+  const attached = await store.attach(user, 'm', 'n2', '1-1');
   assert.ok(attached.state === 'attached' && attached.recovered);
-  delivery.release(subscription, position, attached.entries, attached.more);
-  return { delivery, got };
+  delivery.release(subscription, '1-1', attached.entries, attached.more);
+  return { user, attempt, delivery, got };
 }
 
+/** Whether the frames of an answer that was made again go to that client's node too. */
+const isRouted = async (user: string) =>
+  (await redis.client.hget(keys.generation(user, 'm'), 'routes')) === 'n1,n3,n2';
+
 test('what a worker wrote before it knew of a node reaches the client there without a next frame', async () => {
-  const user = nextUser();
-  await admit(user, 'm');
-  const attempt = await running(user, 'm');
-  await append(attempt, 1, 'seen');
-  const { delivery, got } = await follow(user, '1-1');
+  const { attempt, delivery, got } = await followed();
   await append(attempt, 2, ' and this'); // published to n1 alone: its worker asks for routes every ROUTES_MS
   await eventually('the rest', () => got.length > 0, 1_500); // `heal` would take 2 s
   delivery.stop();
@@ -807,17 +815,13 @@ test('what a worker wrote before it knew of a node reaches the client there with
 });
 
 test('an answer that Redis has forgotten goes on when its worker puts it back', async () => {
-  const user = nextUser();
-  const attempt = await justAsked(user, 'm');
-  await append(attempt, 1, 'seen');
-  const { delivery, got } = await follow(user, '1-1');
-  await redis.client.del(...(await redis.client.keys(`*${user}*`)));
+  const { user, attempt, delivery, got } = await followed();
+  await forget(user);
   await delivery.heal(store.progress, true);
   await delay(700); // a worker that has still to reconnect
   assert.equal((await store.restore(attempt, ['seen', ' and this'], lost())).state, 'restored');
   await eventually('all of it', () => got.length === 4, 1_500);
-  const isRouted = async () => (await redis.client.hget(keys.generation(user, 'm'), 'routes')) === 'n1,n3,n2';
-  await eventually('the next frames come here too', isRouted, 1_500);
+  await eventually('the next frames come here too', () => isRouted(user), 1_500);
   delivery.stop();
   // From the beginning: it might have been another run of the same number.
   assert.deepEqual(
@@ -832,16 +836,12 @@ test('an answer that Redis has forgotten goes on when its worker puts it back', 
 });
 
 test('frames that stayed away because a record was made again are read once, then they come by themselves', async () => {
-  const user = nextUser();
-  const attempt = await justAsked(user, 'm');
-  await append(attempt, 1, 'seen');
-  const { delivery, got } = await follow(user, '1-1');
-  await redis.client.del(...(await redis.client.keys(`*${user}*`)));
+  const { user, attempt, delivery, got } = await followed();
+  await forget(user);
   assert.equal((await store.restore(attempt, ['seen', ' and this'], lost())).state, 'restored');
   await delivery.heal(store.progress, true);
   await eventually('the frame', () => got.length > 0, 1_500);
-  const isRouted = async () => (await redis.client.hget(keys.generation(user, 'm'), 'routes')) === 'n1,n3,n2';
-  await eventually('the next frames come here too', isRouted, 1_500);
+  await eventually('the next frames come here too', () => isRouted(user), 1_500);
   delivery.stop();
 });
 
@@ -851,7 +851,7 @@ test('a stop waits for an answer that Redis has forgotten, and holds when its wo
   await append(attempt, 1, 'seen');
   const metrics = { cancelled: { inc() {} } } as unknown as GatewayMetrics;
   const parts = { store, redis, keys, queue, metrics };
-  await redis.client.del(...(await redis.client.keys(`*${user}*`)));
+  await forget(user);
   assert.equal(await cancelGeneration(parts, user, 'm'), false);
   const stopped = cancelWhenBack(parts, user, 'm');
   await delay(700); // a worker that has still to reconnect
@@ -862,11 +862,8 @@ test('a stop waits for an answer that Redis has forgotten, and holds when its wo
 });
 
 test('an answer that nobody puts back counts as lost after a while, and its client is told once', async () => {
-  const user = nextUser();
-  await admit(user, 'm');
-  await append(await running(user, 'm'), 1, 'seen');
-  const { delivery, got } = await follow(user, '1-1');
-  await redis.client.del(...(await redis.client.keys(`*${user}*`)));
+  const { user, delivery, got } = await followed();
+  await forget(user);
   await delivery.heal(store.progress, true);
   await delay(4_000);
   assert.deepEqual(got, [], 'it may still come back');

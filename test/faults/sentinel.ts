@@ -100,6 +100,17 @@ export async function startSentinelSet({
   );
   for (const ask of asks) ask.on('error', () => {});
 
+  /** Speaks to one of the servers, over a connection of its own. */
+  async function tell<T>(index: number, say: (client: Redis) => Promise<T>, retries = 3): Promise<T> {
+    const client = new Redis(servers[index]!.port, { maxRetriesPerRequest: retries });
+    client.on('error', () => {});
+    try {
+      return await say(client);
+    } finally {
+      client.disconnect();
+    }
+  }
+
   const set: SentinelSet = {
     url: `redis+sentinel://${children.map(({ port }) => `127.0.0.1:${port}`).join(',')}/${NAME}${
       password ? `?sentinel-password=${encodeURIComponent(password)}` : ''
@@ -110,28 +121,17 @@ export async function startSentinelSet({
       return Number(port) === servers[0].port ? 0 : 1;
     },
     async lag() {
-      const client = new Redis(servers[await set.master()].port, { maxRetriesPerRequest: 1 });
-      client.on('error', () => {});
-      try {
-        const info = await client.info('replication');
-        const offset = Number(/master_repl_offset:(\d+)/.exec(info)?.[1]);
-        const replica = /slave0:.*state=online,offset=(\d+)/.exec(info)?.[1];
-        return replica === undefined ? null : offset - Number(replica);
-      } finally {
-        client.disconnect();
-      }
+      const info = await tell(await set.master(), (client) => client.info('replication'), 1);
+      const offset = Number(/master_repl_offset:(\d+)/.exec(info)?.[1]);
+      const replica = /slave0:.*state=online,offset=(\d+)/.exec(info)?.[1];
+      return replica === undefined ? null : offset - Number(replica);
     },
     async waitForReplica() {
       await until('the replica is in step', 20_000, async () => {
         const lag = await set.lag().catch(() => null);
         return lag !== null && lag < 1_000_000;
       });
-      const replica = new Redis(servers[1 - (await set.master())]!.port, { maxRetriesPerRequest: 3 });
-      try {
-        await replica.config('SET', 'replica-priority', 100);
-      } finally {
-        replica.disconnect();
-      }
+      await tell(1 - (await set.master()), (replica) => replica.config('SET', 'replica-priority', 100));
       // The sentinels must know each other, and that the replica may be promoted, before a failover can work.
       for (const ask of asks)
         await until('the sentinels know each other', 20_000, async () => {
@@ -147,13 +147,10 @@ export async function startSentinelSet({
     },
     async restartAsReplica(index) {
       await servers[index].restart();
-      const client = new Redis(servers[index].port, { maxRetriesPerRequest: 3 });
-      try {
+      await tell(index, async (client) => {
         await client.config('SET', 'replica-priority', 0);
         await client.replicaof('127.0.0.1', servers[1 - index]!.port);
-      } finally {
-        client.disconnect();
-      }
+      });
     },
     decisions() {
       return children.flatMap(({ logFile }, index) =>
